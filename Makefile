@@ -1,0 +1,43 @@
+# Two commands serve a fresh machine: `make demo` and `make test`. Both build .venv by themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+# uv does not read pip's configuration; hand it the one setting that offline wheel folders need.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+export DS_ACCELERATOR ?= cpu
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test unit slow lint bench clean
+
+.venv/bin/uv: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt uv
+
+.venv/run.stamp: .venv/bin/uv pyproject.toml constraints.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable .
+	touch $@
+
+.venv/dev.stamp: .venv/run.stamp
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: .venv/run.stamp
+	$(BIN)/lectern run examples/quickstart.yaml --run-dir runs/quickstart
+
+test: lint unit slow
+
+unit: .venv/dev.stamp
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: .venv/dev.stamp
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/dev.stamp
+	for b in benchmarks/*.py; do $(BIN)/python $$b || exit 1; done
+
+clean:
+	rm -rf .venv runs build *.egg-info

@@ -1,0 +1,37 @@
+"""The whole YAML: one model composed of the rooms' sections."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from storage.config import CacheConfig, DataConfig
+from storage.settings import Settings
+from trainer.config import CurriculumConfig, EvaluateConfig, StudentConfig, TrainConfig
+from workers.config import BudgetConfig, TeacherConfig
+
+
+class ClusterConfig(Settings):
+    """Where the work runs."""
+
+    address: str = "local"
+    """`local`: a Ray of its own; `auto` or `host:port`: join a running cluster."""
+    num_cpus: int | None = Field(default=None, ge=1)
+    """CPUs of the local Ray; none means those of the machine."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """What ranks run on; `auto` takes GPUs where the cluster has them."""
+    price_per_hour: float = Field(default=0.0, ge=0.0)
+    """Price of the machines of this run per hour, in `budget.currency`."""
+
+
+class RunConfig(Settings):
+    """Everything that one run needs."""
+
+    data: DataConfig
+    teacher: TeacherConfig = TeacherConfig()
+    cache: CacheConfig
+    student: StudentConfig
+    curriculum: CurriculumConfig = CurriculumConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    budget: BudgetConfig = BudgetConfig()
+    cluster: ClusterConfig = ClusterConfig()

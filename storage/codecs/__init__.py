@@ -1,0 +1,1 @@
+"""How sparse targets are packed into Parquet columns."""

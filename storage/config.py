@@ -1,0 +1,90 @@
+"""Config sections of this room: `data` (what text) and `cache` (what is kept of the teacher)."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from storage.settings import Settings
+
+
+class CleaningConfig(Settings):
+    """Normalisation steps applied to each document, in the order of these fields."""
+
+    strip_html: bool = False
+    """Replace HTML markup by its visible text."""
+    nfkc: bool = False
+    """Apply Unicode NFKC normalisation."""
+    term_map: dict[str, str] = Field(default_factory=dict)
+    """Whole-term replacements, longest first, e.g. `{concrete: 混凝土}`."""
+    deduplicate: bool = False
+    """Drop documents whose cleaned text was already seen in the same source."""
+
+
+class SourceConfig(Settings):
+    """One named corpus."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """Short name used by the curriculum and the reports, e.g. `general`."""
+    path: str | list[str]
+    """`embedded:general`, `embedded:domain`, or fsspec URLs; globs are expanded and sorted."""
+    format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
+    """`auto` goes by the file's suffix: .jsonl/.json, .parquet, anything else is plain text."""
+    text_field: str = "text"
+    """Field (JSONL) or column (Parquet) that holds plain text."""
+    messages_field: str = "messages"
+    """Field that holds chat messages `[{role, content}, …]`; used where present."""
+    prompt_field: str = "prompt"
+    """Field of an unsupervised prompt; used together with `completion_field`."""
+    completion_field: str = "completion"
+    """Field of the supervised completion."""
+    clean: CleaningConfig = CleaningConfig()
+    """Normalisation steps for this source."""
+    max_documents: int | None = Field(default=None, ge=1)
+    """Read at most this many documents; none means all."""
+
+
+class DataConfig(Settings):
+    """Which text becomes samples, and how."""
+
+    sources: list[SourceConfig] = Field(min_length=1)
+    """The corpora; the curriculum mixes them by name."""
+    window_tokens: int = Field(default=1024, ge=2)
+    """Length of a context window, in tokens; at most the model's positions."""
+    pack: bool = True
+    """Pack several short documents into one window; attention and positions restart at each."""
+    chat_template: str | None = None
+    """Jinja chat template that replaces the tokenizer's own."""
+    heldout_fraction: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """Share of documents, chosen by a hash of their text, kept away from training."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """What a malformed row does: stop with its file and line, or be counted and left out."""
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"data.sources holds a name twice: {names}; give each source a name of its own")
+        return self
+
+
+class CacheConfig(Settings):
+    """What is kept of the teacher, and where."""
+
+    url: str
+    """Folder or fsspec URL of the dataset, e.g. `runs/cache` or `s3://bucket/r1-targets`."""
+    kind: Literal["topk", "hybrid", "dense"] = "hybrid"
+    """`topk`: the k best entries + tail; `hybrid`: exact k best + draws from the tail; `dense`: all entries."""
+    top_k: int = Field(default=12, ge=1, le=65_535)
+    """Entries kept for their rank at each position (kinds `topk` and `hybrid`)."""
+    draws: int = Field(default=12, ge=1, le=255)
+    """Tail draws at each position by systematic resampling (kind `hybrid`)."""
+    seed: int = 0
+    """Seed of the tail draws; a sample's draws depend on this and on its id alone."""
+    hidden: list[str] = Field(default_factory=list)
+    """Hidden states to keep: `final` (input of the output head) or a module name such as `model.layers.3`."""
+    hidden_dtype: Literal["float16", "bfloat16"] = "float16"
+    """Stored precision of the hidden states."""
+    unit_tokens: int = Field(default=65_536, ge=1)
+    """Tokens scored and committed together; one data file each."""
+    verify_hashes: bool = True
+    """Check each data file's SHA-256 when it is read."""

@@ -1,0 +1,83 @@
+"""Sparse targets in memory: what the teacher said about the supervised positions of a batch of samples.
+
+Positions run over the supervised positions of all samples, in order; entries run over the kept tokens of
+all positions, in order. Position p owns `entry_offsets[p]:entry_offsets[p+1]`.
+
+How an estimate t̂ of the teacher's distribution is read from the entries, per position:
+
+* `topk`, `dense`: t̂ = exp(logprob) on the entries, `tail_mass` beyond them.
+* `hybrid`: entries with `draws == 0` are the exact head, t̂ = exp(logprob). The n draws share the mass outside
+  the head, M = tail_mass + Σ exp(logprob of drawn entries): t̂ = M · draws / n. Unbiased for any loss linear in t̂.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.samples import Int32Array, Int64Array, UInt8Array, offsets_of, ragged_index
+
+Float16Array = NDArray[np.float16]
+Float32Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class TargetBatch:
+    """Targets of N samples with P supervised positions and E entries in all."""
+
+    offsets: Int64Array  # [N + 1], in positions
+    count: Int32Array  # [P], entries kept at each position
+    id: Int32Array  # [E], token ids; within a position: head by falling probability, then drawn by rising id
+    logprob: Float16Array  # [E], natural log at T = 1
+    draws: UInt8Array | None  # [E], 0 = kept for its rank; only for kinds with draws
+    tail_mass: Float16Array  # [P], teacher probability outside the kept entries
+    teacher_nll: Float32Array  # [N], mean over the sample's supervised positions, nats
+    teacher_entropy: Float32Array  # [N], mean over the sample's supervised positions, nats
+    hidden: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)  # layer → [P, width], 2-byte dtype
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_positions(self) -> int:
+        """Supervised positions of all samples."""
+        return len(self.count)
+
+    @property
+    def entry_offsets(self) -> Int64Array:
+        """Where each position's entries start and end, [P + 1]."""
+        return offsets_of(self.count.astype(np.int64))
+
+    def take(self, rows: Sequence[int]) -> "TargetBatch":
+        """Return the targets of the samples at `rows`, in that order."""
+        picked = list(rows)
+        positions = ragged_index(self.offsets, picked)
+        entries = ragged_index(self.entry_offsets, positions)  # type: ignore[arg-type]
+        return TargetBatch(
+            offsets=offsets_of(np.diff(self.offsets)[picked]),
+            count=self.count[positions],
+            id=self.id[entries],
+            logprob=self.logprob[entries],
+            draws=None if self.draws is None else self.draws[entries],
+            tail_mass=self.tail_mass[positions],
+            teacher_nll=self.teacher_nll[picked],
+            teacher_entropy=self.teacher_entropy[picked],
+            hidden={layer: values[positions] for layer, values in self.hidden.items()},
+        )
+
+    @staticmethod
+    def concat(batches: Sequence["TargetBatch"]) -> "TargetBatch":
+        """Join batches of one kind, keeping their order."""
+        draws = [b.draws for b in batches if b.draws is not None]
+        return TargetBatch(
+            offsets=offsets_of(np.concatenate([np.diff(b.offsets) for b in batches])),
+            count=np.concatenate([b.count for b in batches]),
+            id=np.concatenate([b.id for b in batches]),
+            logprob=np.concatenate([b.logprob for b in batches]),
+            draws=np.concatenate(draws) if draws else None,
+            tail_mass=np.concatenate([b.tail_mass for b in batches]),
+            teacher_nll=np.concatenate([b.teacher_nll for b in batches]),
+            teacher_entropy=np.concatenate([b.teacher_entropy for b in batches]),
+            hidden={k: np.concatenate([b.hidden[k] for b in batches]) for k in batches[0].hidden},
+        )

@@ -1,0 +1,1 @@
+"""Students: losses, curriculum, the ZeRO loop, evaluation. May import `storage`."""

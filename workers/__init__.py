@@ -1,0 +1,1 @@
+"""Teachers and the coordinator that feeds them. May import `storage`."""

@@ -1,0 +1,64 @@
+"""Config sections of this room: `teacher` and `budget`."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from storage.settings import Settings
+
+
+class EmbeddedTeacherConfig(Settings):
+    """The small DeepSeek-V3-architecture teacher that is trained on the machine itself."""
+
+    vocab_size: int = Field(default=4096, ge=300)
+    """Entries of the byte-level BPE tokenizer trained on the corpora."""
+    hidden_size: int = Field(default=256, ge=16)
+    """Width of the model."""
+    layers: int = Field(default=4, ge=2)
+    """Decoder layers; the first is dense, the rest have routed experts."""
+    experts: int = Field(default=4, ge=2)
+    """Routed experts in each mixture layer, two of them active per token."""
+    window_tokens: int = Field(default=256, ge=16)
+    """Length of its training windows, in tokens."""
+    train_tokens: int = Field(default=700_000, ge=1)
+    """Tokens it is trained on, once; about 7,000 a second on two cores."""
+    seed: int = 0
+    """Seed of its weights and data order."""
+
+
+class TeacherConfig(Settings):
+    """Which model is distilled, and how it is run."""
+
+    kind: Literal["local"] = "local"
+    """`local`: loaded here and sharded with DeepSpeed."""
+    name: str = "embedded"
+    """`embedded`, a folder, or a hub name of any `AutoModelForCausalLM`."""
+    revision: str | None = None
+    """Commit of a hub model; pinned into the dataset's identity."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Precision of the weights and the forward pass."""
+    sharding: Literal["none", "tensor_parallel", "zero3"] = "tensor_parallel"
+    """How DeepSpeed splits the model over the ranks; `none` needs `ranks: 1`."""
+    ranks: int = Field(default=1, ge=1)
+    """Rank actors of one replica, one accelerator (or CPU share) each."""
+    replicas: int = Field(default=1, ge=1)
+    """Whole copies of the teacher that work side by side."""
+    batch_tokens: int = Field(default=8192, ge=1)
+    """Padded tokens in one forward pass of a replica."""
+    max_attempts: int = Field(default=3, ge=1)
+    """How often a unit is tried before it is set aside as failed."""
+    startup_timeout_s: float = Field(default=1800.0, gt=0)
+    """Seconds a replica may take from being asked for to being ready."""
+    unit_timeout_s: float = Field(default=3600.0, gt=0)
+    """Seconds a unit may take before its replica counts as hung and is replaced."""
+    embedded: EmbeddedTeacherConfig = EmbeddedTeacherConfig()
+    """Shape of the embedded teacher; used where `name` is `embedded`."""
+
+
+class BudgetConfig(Settings):
+    """What a run may cost."""
+
+    currency: str = "USD"
+    """Unit of every amount in plan and report."""
+    cap: float | None = Field(default=None, gt=0)
+    """Most that a teacher behind an API may cost; a local teacher is priced by `cluster.price_per_hour`."""

@@ -1,0 +1,1 @@
+"""A teacher held on this cluster's own accelerators."""
