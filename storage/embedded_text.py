@@ -46,7 +46,7 @@ def _prose() -> Iterator[str]:
             "this Python comes without pydoc_data.topics; give files instead of embedded:general"
         ) from error
     for key in sorted(topics):
-        blocks = blocks_of(topics[key].splitlines(keepends=True))
+        blocks = blocks_of(topics[key].splitlines(keepends=True), DOCUMENT_CHARS)
         yield from group_blocks(blocks, DOCUMENT_CHARS, lambda block: _UNDERLINE.match(block) is not None)
 
 
@@ -58,5 +58,5 @@ def _sources() -> Iterator[str]:
     for path in files:
         with path.open(encoding="utf-8") as lines:
             yield from group_blocks(
-                blocks_of(lines), DOCUMENT_CHARS, lambda block: _DEFINITION.match(block) is not None
+                blocks_of(lines, DOCUMENT_CHARS), DOCUMENT_CHARS, lambda block: _DEFINITION.match(block) is not None
             )

@@ -8,7 +8,7 @@ the same window.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ Int32Array = NDArray[np.int32]
 Int64Array = NDArray[np.int64]
 UInt8Array = NDArray[np.uint8]
 BoolArray = NDArray[np.bool_]
+
+_T = TypeVar("_T", bound=np.generic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,5 +146,5 @@ def ragged_index(offsets: Int64Array, rows: Sequence[int]) -> Int64Array:
     return np.arange(new[-1], dtype=np.int64) + np.repeat(starts - new[:-1], lengths)
 
 
-def _join(arrays: list[NDArray[np.generic]], dtype: type[np.generic]) -> NDArray[np.generic]:
+def _join(arrays: Sequence[NDArray[_T]], dtype: type[_T]) -> NDArray[_T]:
     return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.zeros(0, dtype=dtype)

@@ -3,20 +3,23 @@
 from collections.abc import Callable, Iterable, Iterator
 
 
-def blocks_of(lines: Iterable[str]) -> Iterator[str]:
+def blocks_of(lines: Iterable[str], limit_chars: int) -> Iterator[str]:
     """Yield blocks: runs of lines up to and including the blank lines that follow them.
 
-    Joined again, the blocks are the text. Lines keep their line ends.
+    Joined again, the blocks are the text. Lines keep their line ends. A block ends early, between two lines, where
+    it would grow beyond `limit_chars`, so that memory stays bounded for text without blank lines.
     """
     block: list[str] = []
+    size = 0
     blank_seen = False
     for line in lines:
         blank = not line.strip()
-        if blank_seen and not blank:
+        if block and ((blank_seen and not blank) or size + len(line) > limit_chars):
             yield "".join(block)
-            block = []
+            block, size = [], 0
         blank_seen = blank
         block.append(line)
+        size += len(line)
     if block:
         yield "".join(block)
 

@@ -24,6 +24,7 @@ class Tokenizer:
         vocab_size: largest token id + 1, added tokens included; a model's padded vocabulary may be larger.
         digest: hex BLAKE2b (32 bytes) of the canonical content of `tokenizer.json`; equal digests give equal ids.
         chat_template: Jinja source of the chat template, or None.
+        special_tokens: the named ones (`eos_token`, …) as text; chat templates use them.
         bos_id: id that the tokenizer itself puts before a document, or None when it puts none.
         eos_id: id that ends a document, or None.
     """
@@ -35,10 +36,10 @@ class Tokenizer:
         self.vocab_size: int = max(self._engine.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.digest = _digest(content)
         self.chat_template = chat_template
-        self._special = _special_tokens(config)
+        self.special_tokens = _special_tokens(config)
         self.eos_id = self._id_of("eos_token")
         self.bos_id = self._leading_bos(config)
-        self._chat = ChatTemplate(chat_template, self._special) if chat_template is not None else None
+        self._chat = ChatTemplate(chat_template, self.special_tokens) if chat_template is not None else None
 
     @classmethod
     def load(cls, folder: str | Path, chat_template: str | None = None) -> Self:
@@ -102,7 +103,7 @@ class Tokenizer:
         return self._chat.render(messages, add_generation_prompt)
 
     def _id_of(self, name: str) -> int | None:
-        token = self._special.get(name)
+        token = self.special_tokens.get(name)
         if token is None:
             return None
         found = self._engine.token_to_id(token)
@@ -112,7 +113,7 @@ class Tokenizer:
 
     def _leading_bos(self, config: Mapping[str, Any]) -> int | None:
         """Id put before a document: as `add_bos_token` says, else what the post-processor does."""
-        if config.get("add_bos_token") is False or "bos_token" not in self._special:
+        if config.get("add_bos_token") is False or "bos_token" not in self.special_tokens:
             return None
         bos = self._id_of("bos_token")
         added = self._engine.encode("a", add_special_tokens=True).ids

@@ -1,0 +1,111 @@
+"""Documents → context windows. Deterministic, streaming, and independent of everything but the documents' order.
+
+A document longer than a window is cut; each further piece repeats the last token of the piece before it as
+context, so that every token but a document's first is supervised (where its mask says so) exactly once. Shorter
+documents are never cut: several share a window, each numbered, and attention never crosses their borders.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from storage.samples import BoolArray, Int32Array, Sample
+
+MIN_TOKENS = 2
+"""A shorter piece has nothing to predict."""
+MAX_DOCUMENTS = 32_767
+"""Documents in one window: their numbers are int16."""
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedDocument:
+    """Token ids of one document and which of them the student must predict; the first is never supervised."""
+
+    tokens: Int32Array  # [n]
+    supervised: BoolArray  # [n]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def trim(document: EncodedDocument) -> EncodedDocument:
+    """Return the document without what follows its last supervised token, which no prediction can see.
+
+    The first token counts as unsupervised whatever the mask says. A document without supervised tokens becomes empty.
+    """
+    supervised = document.supervised.copy()
+    supervised[:1] = False
+    positions = np.flatnonzero(supervised)
+    end = int(positions[-1]) + 1 if len(positions) else 0
+    return EncodedDocument(document.tokens[:end], supervised[:end])
+
+
+def cut(document: EncodedDocument, first_tokens: int, window_tokens: int) -> Iterator[EncodedDocument]:
+    """Yield the pieces of a document: at most `first_tokens` tokens, then at most `window_tokens` each.
+
+    Successive pieces overlap by one token, unsupervised in the later one. Pieces without a supervised token are
+    left out.
+    """
+    start, end = 0, min(first_tokens, len(document))
+    while end - start >= MIN_TOKENS:
+        supervised = document.supervised[start:end].copy()
+        supervised[0] = False
+        if supervised.any():
+            yield EncodedDocument(document.tokens[start:end], supervised)
+        start, end = end - 1, min(end - 1 + window_tokens, len(document))
+
+
+class Packer:
+    """Packs the documents of one source and split, in order, into windows of at most `window_tokens` tokens."""
+
+    def __init__(self, source: str, window_tokens: int, pack: bool = True) -> None:
+        """Start with an empty window; with `pack` false each document or piece gets a window of its own."""
+        self.source = source
+        self.window_tokens = window_tokens
+        self.pack = pack
+        self._pieces: list[EncodedDocument] = []
+        self._room = window_tokens
+
+    def add(self, document: EncodedDocument) -> list[Sample]:
+        """Return the windows that this document completes.
+
+        A document that fits into a window but not into the open one's room starts the next window. A longer one must
+        be cut anyway: it fills the open window first where that leaves it at least a quarter of a window's context.
+        """
+        document = trim(document)
+        room = self.window_tokens
+        if self.pack and len(document) > self.window_tokens and 4 * self._room >= self.window_tokens:
+            room = max(self._room, MIN_TOKENS)
+        windows = []
+        for piece in cut(document, room, self.window_tokens):
+            if len(piece) > self._room or len(self._pieces) == MAX_DOCUMENTS:
+                windows += self.flush()
+            self._pieces.append(piece)
+            self._room -= len(piece)
+            if not self.pack or self._room < MIN_TOKENS:
+                windows += self.flush()
+        return windows
+
+    def flush(self) -> list[Sample]:
+        """Return the open window, if it holds anything, and start a new one."""
+        if not self._pieces:
+            return []
+        pieces, self._pieces, self._room = self._pieces, [], self.window_tokens
+        window = Sample(
+            source=self.source,
+            tokens=np.concatenate([piece.tokens for piece in pieces]),
+            supervised=np.concatenate([piece.supervised for piece in pieces]),
+            document=np.repeat(np.arange(len(pieces), dtype=np.int16), [len(piece) for piece in pieces]),
+        )
+        return [window]
+
+
+def pack_documents(
+    documents: Iterable[EncodedDocument], source: str, window_tokens: int, pack: bool = True
+) -> Iterator[Sample]:
+    """Yield the windows of a whole sequence of documents; see `Packer`."""
+    packer = Packer(source, window_tokens, pack)
+    for document in documents:
+        yield from packer.add(document)
+    yield from packer.flush()

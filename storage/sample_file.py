@@ -1,0 +1,116 @@
+"""The Parquet form of samples: one row each, and parts of a few megabytes that are written and read in pieces."""
+
+import io
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from storage.errors import IntegrityError
+from storage.samples import ID_BYTES, Int32Array, Sample, SampleBatch, UInt8Array
+
+_T = TypeVar("_T", bound=np.generic)
+
+SPLITS = ("train", "heldout")
+INDEX_COLUMNS = ["sample_id", "source", "split", "num_tokens", "num_supervised"]
+TOKEN_COLUMNS = ["sample_id", "source", "tokens", "supervised", "document"]
+
+_NAME = pa.dictionary(pa.int32(), pa.string())
+SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.binary(ID_BYTES), nullable=False),
+        pa.field("source", _NAME, nullable=False),
+        pa.field("split", _NAME, nullable=False),
+        pa.field("tokens", pa.list_(pa.int32()), nullable=False),
+        pa.field("supervised", pa.list_(pa.bool_()), nullable=False),
+        pa.field("document", pa.list_(pa.int16()), nullable=False),
+        pa.field("num_tokens", pa.int32(), nullable=False),
+        pa.field("num_supervised", pa.int32(), nullable=False),
+    ]
+)
+
+
+class PartWriter:
+    """Builds one Parquet file in memory, row group by row group, compressed as it grows."""
+
+    def __init__(self) -> None:
+        """Start an empty file."""
+        self._buffer = io.BytesIO()
+        self._writer = pq.ParquetWriter(
+            self._buffer,
+            SCHEMA,
+            compression="zstd",
+            use_dictionary=["source", "split"],
+            write_page_index=True,
+            write_page_checksum=True,
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes written so far, without the footer."""
+        return self._buffer.tell()
+
+    def add(self, samples: Sequence[Sample], splits: Sequence[str]) -> None:
+        """Append one row group of samples with the split of each."""
+        self._writer.write_table(to_table(SampleBatch.of(samples), splits), row_group_size=len(samples))
+
+    def finish(self) -> bytes:
+        """Return the whole file."""
+        self._writer.close()
+        return self._buffer.getvalue()
+
+
+def to_table(batch: SampleBatch, splits: Sequence[str]) -> pa.Table:
+    """Return samples as a table of `SCHEMA`, without copying token by token."""
+    offsets = pa.array(batch.offsets.astype(np.int32))
+    columns = [
+        pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(ID_BYTES), len(batch), [None, pa.py_buffer(np.ascontiguousarray(batch.sample_id))]
+        ),
+        pa.array(batch.source, pa.string()).dictionary_encode(),
+        pa.array(splits, pa.string()).dictionary_encode(),
+        pa.ListArray.from_arrays(offsets, pa.array(batch.tokens)),
+        pa.ListArray.from_arrays(offsets, pa.array(batch.supervised)),
+        pa.ListArray.from_arrays(offsets, pa.array(batch.document)),
+        pa.array(batch.lengths().astype(np.int32)),
+        pa.array(batch.num_supervised().astype(np.int32)),
+    ]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def from_table(table: pa.Table) -> SampleBatch:
+    """Return the samples of a table that has `TOKEN_COLUMNS`.
+
+    Raises:
+        IntegrityError: the token-wise columns disagree about the lengths.
+    """
+    tokens, offsets = _flat(table, "tokens", np.int32)
+    supervised, offsets_2 = _flat(table, "supervised", np.bool_)
+    document, offsets_3 = _flat(table, "document", np.int16)
+    if not (np.array_equal(offsets, offsets_2) and np.array_equal(offsets, offsets_3)):
+        raise IntegrityError("samples: the columns tokens, supervised and document differ in length")
+    return SampleBatch(
+        sample_id=ids_of(table),
+        source=table.column("source").to_pylist(),
+        offsets=offsets.astype(np.int64),
+        tokens=tokens,
+        supervised=supervised,
+        document=document,
+    )
+
+
+def ids_of(table: pa.Table) -> UInt8Array:
+    """Return the sample ids of a table, uint8[N, 16]."""
+    ids = b"".join(table.column("sample_id").to_pylist())
+    return np.frombuffer(ids, dtype=np.uint8).reshape(-1, ID_BYTES)
+
+
+def _flat(table: pa.Table, name: str, dtype: type[_T]) -> tuple[NDArray[_T], Int32Array]:
+    column = table.column(name).combine_chunks()
+    array = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    offsets = array.offsets.to_numpy()
+    values = array.flatten().to_numpy(zero_copy_only=False).astype(dtype, copy=False)
+    return values, offsets - offsets[0]
