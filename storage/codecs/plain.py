@@ -1,0 +1,227 @@
+"""The plain codec: samples and targets as ordinary list columns, converted without a Python loop over tokens."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from storage.contract import check_contract
+from storage.errors import InputError, IntegrityError
+from storage.identity import DatasetIdentity
+from storage.samples import ID_BYTES, Int16Array, Int64Array, SampleBatch, offsets_of, ragged_index
+from storage.schema import (
+    HIDDEN_PREFIX,
+    FileMetadata,
+    HiddenLayout,
+    file_metadata,
+    table_schema,
+)
+from storage.targets import TargetBatch
+
+_MAX_LIST_VALUES = 2**31 - 1
+_HIDDEN_DTYPES = {"float16": "<f2", "bfloat16": "<u2"}
+
+
+def encode(samples: SampleBatch, targets: TargetBatch, identity: DatasetIdentity) -> pa.Table:
+    """Return the table of a data file; refuses rows out of contract with IntegrityError."""
+    check_contract(samples, targets, identity)
+    metadata = FileMetadata(
+        schema_version=identity.schema_version,
+        fingerprint=identity.fingerprint,
+        kind=identity.capture.kind,
+        positions=targets.num_positions,
+        hidden={
+            layer: HiddenLayout(dtype=identity.capture.hidden_dtype or "float16", width=values.shape[1])
+            for layer, values in targets.hidden.items()
+        },
+    )
+    schema = table_schema(identity, metadata)
+    columns = _sample_columns(samples) | _target_columns(targets)
+    arrays = [_column(columns[field.name], field.type) for field in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def decode(table: pa.Table) -> tuple[SampleBatch, TargetBatch]:
+    """Return the samples and targets of a data file; IntegrityError where columns are missing or disagree.
+
+    Arrays may be read-only views of the table's memory.
+    """
+    metadata = file_metadata(table.schema)
+    try:
+        samples = _read_samples(table)
+        targets = _read_targets(table, metadata)
+    except (KeyError, ValueError, pa.ArrowException) as error:
+        raise IntegrityError(f"the columns of a data file cannot be read: {error}") from error
+    entries = int(targets.count.sum())
+    sizes = (len(targets.id), len(targets.logprob), entries if targets.draws is None else len(targets.draws))
+    if set(sizes) != {entries}:
+        raise IntegrityError(f"a data file counts {entries} entries but holds {sizes} ids, log-probabilities and draws")
+    if any(len(values) != targets.num_positions for values in targets.hidden.values()):
+        raise IntegrityError("a data file does not hold one hidden state for each supervised position")
+    if (samples.num_supervised() != np.diff(targets.offsets)).any():
+        raise IntegrityError("a data file does not hold one target row for each supervised position")
+    return samples, targets
+
+
+def _sample_columns(samples: SampleBatch) -> dict[str, Any]:
+    lengths = samples.lengths()
+    packed = np.zeros(len(samples), dtype=np.bool_)
+    packed[np.repeat(np.arange(len(samples)), lengths)[samples.document != 0]] = True
+    raw = np.ascontiguousarray(samples.sample_id)
+    return {
+        "sample_id": pa.FixedSizeBinaryArray.from_buffers(pa.binary(ID_BYTES), len(samples), [None, pa.py_buffer(raw)]),
+        "source": pa.array(samples.source, pa.string()).dictionary_encode(),
+        "tokens": (samples.tokens, samples.offsets),
+        "supervised": (samples.supervised, samples.offsets),
+        "document": _document_column(samples, packed),
+    }
+
+
+def _document_column(samples: SampleBatch, packed: NDArray[np.bool_]) -> Any:
+    """Return the document numbers of packed windows, null for windows of one document."""
+    values = samples.document[ragged_index(samples.offsets, np.flatnonzero(packed).tolist())]
+    offsets = offsets_of(np.where(packed, samples.lengths(), 0)).astype(np.int32)
+    kind = pa.list_(pa.field("element", pa.int16(), nullable=False))
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=kind, mask=pa.array(~packed))
+
+
+def _target_columns(targets: TargetBatch) -> dict[str, Any]:
+    entries = targets.entry_offsets[targets.offsets]
+    columns: dict[str, Any] = {
+        "target_count": (targets.count, targets.offsets),
+        "target_id": (targets.id, entries),
+        "target_logprob": (targets.logprob, entries),
+        "tail_mass": (targets.tail_mass, targets.offsets),
+        "teacher_nll": pa.array(targets.teacher_nll, pa.float32()),
+        "teacher_entropy": pa.array(targets.teacher_entropy, pa.float32()),
+    }
+    if targets.draws is not None:
+        columns["target_draws"] = (targets.draws, entries)
+    for layer, values in targets.hidden.items():
+        columns[HIDDEN_PREFIX + layer] = _binary_column(values, targets.offsets)
+    return columns
+
+
+def _column(column: Any, kind: Any) -> Any:
+    """Return an Arrow column: as it is, or a list column from (values, offsets)."""
+    if not isinstance(column, tuple):
+        return column
+    values, offsets = column
+    if offsets[-1] > _MAX_LIST_VALUES:
+        raise InputError(
+            f"one data file would hold {offsets[-1]} entries, more than {_MAX_LIST_VALUES}; lower cache.unit_tokens"
+        )
+    flat = pa.array(np.ascontiguousarray(values, dtype=kind.value_type.to_pandas_dtype()))
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), flat, type=kind)
+
+
+def _binary_column(values: NDArray[Any], offsets: Int64Array) -> Any:
+    """Return one binary value per sample, its rows of `values` [P, width]; chunked where 2 GiB are passed."""
+    raw = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
+    ends = offsets * values.shape[1] * values.itemsize
+    chunks, first = [], 0
+    while first < len(offsets) - 1:
+        last = max(first + 1, int(np.searchsorted(ends, ends[first] + _MAX_LIST_VALUES, side="right")) - 1)
+        local = (ends[first : last + 1] - ends[first]).astype(np.int32)
+        data = pa.py_buffer(raw[ends[first] : ends[last]])
+        chunks.append(pa.BinaryArray.from_buffers(pa.binary(), last - first, [None, pa.py_buffer(local), data]))
+        first = last
+    return pa.chunked_array(chunks, pa.binary())
+
+
+def _read_samples(table: pa.Table) -> SampleBatch:
+    tokens, offsets = _flat(table, "tokens", np.int32)
+    supervised, mask_offsets = _flat(table, "supervised", np.bool_)
+    if not np.array_equal(offsets, mask_offsets):
+        raise ValueError("`tokens` and `supervised` differ in length")
+    source: list[str] = []
+    for chunk in table.column("source").chunks:
+        names = chunk.dictionary.to_pylist()
+        source += [names[i] for i in chunk.indices.to_numpy().tolist()]
+    return SampleBatch(
+        sample_id=read_ids(table),
+        source=source,
+        offsets=offsets,
+        tokens=tokens,
+        supervised=supervised,
+        document=_read_document(table, offsets),
+    )
+
+
+def read_ids(table: pa.Table) -> NDArray[np.uint8]:
+    """Return the `sample_id` column as uint8 [N, 16]."""
+    parts = [
+        np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * ID_BYTES, chunk.offset * ID_BYTES)
+        for chunk in table.column("sample_id").chunks
+        if len(chunk)
+    ]
+    return _joined(parts, np.uint8).reshape(-1, ID_BYTES)
+
+
+def _read_document(table: pa.Table, offsets: Int64Array) -> Int16Array:
+    document = np.zeros(offsets[-1], dtype=np.int16)
+    if "document" not in table.column_names:
+        return document
+    column = table.column("document")
+    rows = np.flatnonzero(np.asarray(column.is_valid()))
+    if len(rows):
+        values, own = _flat(table, "document", np.int16)
+        if not np.array_equal(np.diff(own)[rows], np.diff(offsets)[rows]) or own[-1] != np.diff(own)[rows].sum():
+            raise ValueError("`tokens` and `document` differ in length")
+        document[ragged_index(offsets, rows.tolist())] = values
+    return document
+
+
+def _read_targets(table: pa.Table, metadata: FileMetadata) -> TargetBatch:
+    count, offsets = _flat(table, "target_count", None)
+    tail_mass, tail_offsets = _flat(table, "tail_mass", np.float16)
+    if not np.array_equal(offsets, tail_offsets):
+        raise ValueError("`target_count` and `tail_mass` differ in length")
+    draws = _flat(table, "target_draws", np.uint8)[0] if "target_draws" in table.column_names else None
+    return TargetBatch(
+        offsets=offsets,
+        count=count.astype(np.int32),
+        id=_flat(table, "target_id", np.int32)[0],
+        logprob=_flat(table, "target_logprob", np.float16)[0],
+        draws=draws,
+        tail_mass=tail_mass,
+        teacher_nll=_scalars(table, "teacher_nll"),
+        teacher_entropy=_scalars(table, "teacher_entropy"),
+        hidden={layer: _read_hidden(table, layer, layout) for layer, layout in metadata.hidden.items()},
+    )
+
+
+def _read_hidden(table: pa.Table, layer: str, layout: HiddenLayout) -> NDArray[Any]:
+    parts = []
+    for chunk in table.column(HIDDEN_PREFIX + layer).chunks:
+        _, offsets, data = chunk.buffers()
+        if len(chunk) and data is not None:
+            own = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+            parts.append(np.frombuffer(data, np.uint8)[own[0] : own[-1]])
+    return _joined(parts, np.uint8).view(_HIDDEN_DTYPES[layout.dtype]).reshape(-1, layout.width)
+
+
+def _flat(table: pa.Table, name: str, dtype: Any) -> tuple[NDArray[Any], Int64Array]:
+    """Return a list column's values, flat, and the offsets [N + 1] of its rows; null rows are empty."""
+    parts, lengths = [], []
+    for chunk in table.column(name).chunks:
+        values = chunk.flatten()
+        if values.null_count:
+            raise ValueError(f"`{name}` holds nulls")
+        parts.append(values.to_numpy(zero_copy_only=False))
+        lengths.append(np.asarray(chunk.value_lengths().fill_null(0), dtype=np.int64))
+    flat = _joined(parts, dtype or np.uint8)
+    if dtype is not None and flat.dtype != dtype:
+        raise ValueError(f"`{name}` holds {flat.dtype}, not {np.dtype(dtype)}")
+    return flat, offsets_of(_joined(lengths, np.int64))
+
+
+def _scalars(table: pa.Table, name: str) -> NDArray[np.float32]:
+    return np.asarray(table.column(name).to_numpy(), dtype=np.float32)
+
+
+def _joined(parts: list[NDArray[Any]], dtype: Any) -> NDArray[Any]:
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)

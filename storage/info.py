@@ -1,0 +1,95 @@
+"""`dataset.json`: what a dataset is, written once by whoever creates it and checked by everyone who opens it."""
+
+import json
+from hashlib import blake2b
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError
+
+from storage.errors import InputError, IntegrityError
+from storage.identity import SCHEMA_VERSION, DatasetIdentity, canonical_json
+from storage.object_store import Store
+from storage.settings import Settings
+
+RELEASE = "0.1.0"
+"""This release, as written into datasets; equal to the version in pyproject.toml."""
+INFO_KEY = "dataset.json"
+
+
+class TokenizerFacts(Settings):
+    """Sizes that a student needs to know."""
+
+    vocab_size: int = Field(ge=1)
+    """Largest token id + 1; every stored id is below it."""
+    padded_vocab_size: int = Field(ge=1)
+    """Rows of the teacher's output head, padding included."""
+
+
+class DatasetInfo(Settings):
+    """The contents of dataset.json."""
+
+    schema_version: int = SCHEMA_VERSION
+    codec: Literal["plain"] = "plain"
+    fingerprint: str
+    identity: DatasetIdentity
+    tokenizer: TokenizerFacts
+    created_by: str = f"lectern {RELEASE}"
+    checksum: str = ""
+    """Hex BLAKE2b over the other fields."""
+
+    @classmethod
+    def of(cls, identity: DatasetIdentity, padded_vocab_size: int) -> Self:
+        """Describe a new dataset."""
+        facts = TokenizerFacts(vocab_size=identity.tokenizer.vocab_size, padded_vocab_size=padded_vocab_size)
+        info = cls(fingerprint=identity.fingerprint, identity=identity, tokenizer=facts)
+        return info.model_copy(update={"checksum": info.computed_checksum()})
+
+    def computed_checksum(self) -> str:
+        """Return what `checksum` must be."""
+        fields = self.model_dump(mode="json", exclude={"checksum"})
+        return blake2b(canonical_json(fields), digest_size=16).hexdigest()
+
+    def to_json(self) -> bytes:
+        """Return the file's bytes."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def read_info(store: Store) -> DatasetInfo:
+    """Open dataset.json; InputError when there is none or a newer release wrote it, IntegrityError when altered."""
+    raw = store.read_if_exists(INFO_KEY)
+    if raw is None:
+        raise InputError(f"no dataset at {store.shown()}: {INFO_KEY} is missing; capture it first, or mend the URL")
+    where = store.shown(INFO_KEY)
+    fields = _parse(raw, where)
+    version = fields.get("schema_version")
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise InputError(
+            f"{where} has schema version {version}, written by {fields.get('created_by')}; this release, lectern "
+            f"{RELEASE}, reads versions up to {SCHEMA_VERSION}: install {fields.get('created_by')} or newer"
+        )
+    try:
+        info = DatasetInfo.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _altered(where, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    if info.checksum != info.computed_checksum() or info.fingerprint != info.identity.fingerprint:
+        raise _altered(where, "its checksum does not match")
+    if info.to_json() != raw:
+        raise _altered(where, "it is not in the form it was written in")
+    return info
+
+
+def _parse(raw: bytes, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(raw)
+    except ValueError as error:
+        raise _altered(where, str(error)) from error
+    if not isinstance(fields, dict):
+        raise _altered(where, "it holds no JSON object")
+    return fields
+
+
+def _altered(where: str, why: str) -> IntegrityError:
+    return IntegrityError(
+        f"{where} is damaged or was edited: {why}; restore it from a copy, or capture into another URL"
+    )

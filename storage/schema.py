@@ -1,0 +1,137 @@
+"""The columns of a data file: one row per sample, plain Parquet.
+
+Which columns there are follows from the dataset's identity; those that do not apply to its kind are absent.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from storage.errors import InputError, IntegrityError
+from storage.identity import DatasetIdentity, canonical_json
+from storage.samples import ID_BYTES
+from storage.settings import Settings
+
+METADATA_KEY = b"lectern"
+HIDDEN_PREFIX = "hidden_"
+MAX_ENTRIES = 65_535
+
+
+class HiddenLayout(Settings):
+    """How a `hidden_<layer>` value is read: a row-major [positions, width] matrix, little-endian."""
+
+    dtype: Literal["float16", "bfloat16"]
+    width: int = Field(ge=1)
+
+
+class FileMetadata(Settings):
+    """What a data file says of itself, as JSON under the schema metadata key `lectern`."""
+
+    schema_version: int
+    fingerprint: str
+    kind: str
+    positions: int = Field(ge=0)
+    """Supervised positions of all rows."""
+    hidden: dict[str, HiddenLayout] = Field(default_factory=dict)
+    """Layer name → layout."""
+
+
+def max_entries(identity: DatasetIdentity) -> int:
+    """Return the most entries that a position can have under this identity, at most 65,535."""
+    capture, vocab_size = identity.capture, identity.tokenizer.vocab_size
+    if capture.kind == "dense":
+        limit = vocab_size
+    else:
+        limit = min(vocab_size, (capture.top_k or 0) + (capture.draws or 0))
+    if limit > MAX_ENTRIES:
+        raise InputError(
+            f"kind {capture.kind} would keep {limit} entries for each position, more than {MAX_ENTRIES}; use `topk` or "
+            "`hybrid`, or keep the hidden state `final`, which gives the full distribution back"
+        )
+    return limit
+
+
+def table_schema(identity: DatasetIdentity, metadata: FileMetadata) -> pa.Schema:
+    """Return the Arrow schema of a data file; `target_count` is as narrow as the identity's limit allows."""
+    count = pa.uint8() if max_entries(identity) <= 255 else pa.uint16()
+    fields = [
+        _field("sample_id", pa.binary(ID_BYTES)),
+        _field("source", pa.dictionary(pa.int32(), pa.string())),
+        _field("tokens", _list(pa.int32())),
+        _field("supervised", _list(pa.bool_())),
+        pa.field("document", _list(pa.int16()), nullable=True),
+        _field("target_count", _list(count)),
+        _field("target_id", _list(pa.int32())),
+        _field("target_logprob", _list(pa.float16())),
+    ]
+    if identity.capture.kind == "hybrid":
+        fields.append(_field("target_draws", _list(pa.uint8())))
+    fields += [
+        _field("tail_mass", _list(pa.float16())),
+        _field("teacher_nll", pa.float32()),
+        _field("teacher_entropy", pa.float32()),
+    ]
+    fields += [_field(HIDDEN_PREFIX + layer, pa.binary()) for layer in identity.capture.hidden]
+    return pa.schema(fields, metadata={METADATA_KEY: canonical_json(metadata.model_dump(mode="json"))})
+
+
+def file_metadata(schema: pa.Schema) -> FileMetadata:
+    """Read back what a data file says of itself; IntegrityError when it says nothing that we know."""
+    try:
+        return FileMetadata.model_validate(json.loads((schema.metadata or {})[METADATA_KEY]))
+    except (KeyError, ValueError) as error:
+        raise IntegrityError(f"not a data file of a Lectern dataset: schema metadata `lectern`: {error}") from error
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    """Return a table as one Parquet file in memory.
+
+    Byte-stream split takes the token ids from 37 to 28 bytes for 22 entries; float16 columns go without it, since
+    DuckDB 2.0 cannot read that encoding of them. Draws are few small numbers: a dictionary halves them.
+    """
+    sink = pa.BufferOutputStream()
+    names = set(table.column_names)
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=[path for name, path in _DICTIONARY.items() if name in names],
+        use_byte_stream_split=[path for name, path in _BYTE_STREAM_SPLIT.items() if name in names],
+        write_page_index=True,
+        write_page_checksum=True,
+        row_group_size=max(1, len(table)),
+    )
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def from_parquet(source: Any, columns: list[str] | None = None) -> pa.Table:
+    """Read a table from bytes or a seekable file, checking page checksums; IntegrityError where it is damaged."""
+    try:
+        with pq.ParquetFile(
+            pa.BufferReader(source) if isinstance(source, bytes) else source, page_checksum_verification=True
+        ) as file:
+            return file.read(columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise IntegrityError(f"not a readable Parquet file: {error}") from error
+
+
+_DICTIONARY: Mapping[str, str] = {"source": "source", "target_draws": "target_draws.list.element"}
+_BYTE_STREAM_SPLIT: Mapping[str, str] = {
+    "tokens": "tokens.list.element",
+    "target_id": "target_id.list.element",
+    "teacher_nll": "teacher_nll",
+    "teacher_entropy": "teacher_entropy",
+}
+
+
+def _field(name: str, kind: Any) -> Any:
+    return pa.field(name, kind, nullable=False)
+
+
+def _list(kind: Any) -> Any:
+    return pa.list_(pa.field("element", kind, nullable=False))

@@ -1,0 +1,113 @@
+"""Commits units: data under a key of its own, then the manifest record that makes it exist."""
+
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Self
+
+from storage.codecs import plain
+from storage.errors import LecternError, StorageError
+from storage.identity import DatasetIdentity, require_same
+from storage.info import INFO_KEY, DatasetInfo, read_info
+from storage.manifest import MANIFEST_PREFIX, ManifestRecord, ids_digest, read_manifest
+from storage.object_store import Store
+from storage.samples import SampleBatch
+from storage.schema import to_parquet
+from storage.targets import TargetBatch
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What became of a unit: `committed` is false when another attempt had committed it before."""
+
+    unit: str
+    rows: int
+    tokens: int
+    bytes: int
+    committed: bool
+
+
+class DatasetWriter:
+    """Writes units into one dataset; any number of writers in any number of processes may work side by side."""
+
+    def __init__(self, store: Store, info: DatasetInfo, conditional_writes: bool = True) -> None:
+        self.store = store
+        self.info = info
+        self.conditional_writes = conditional_writes
+        """False where the store ignores conditional creates: then only one process may write at a time."""
+
+    @classmethod
+    def create(cls, url: str, identity: DatasetIdentity, padded_vocab_size: int | None = None) -> Self:
+        """Probe the store, then make the dataset or join one of the same identity.
+
+        Raises InputError when the store cannot be written, IdentityError when a dataset of another identity is there.
+        """
+        store = Store(url)
+        conditional = store.probe()
+        if not store.exists(INFO_KEY):
+            info = DatasetInfo.of(identity, padded_vocab_size or identity.tokenizer.vocab_size)
+            store.create(INFO_KEY, info.to_json())
+        info = read_info(store)
+        require_same(identity, info.identity, store.shown())
+        return cls(store, info, conditional)
+
+    @classmethod
+    def open(cls, url: str, identity: DatasetIdentity) -> Self:
+        """Join an existing dataset without probing, as ranks do after the driver has called `create`."""
+        store = Store(url)
+        info = read_info(store)
+        require_same(identity, info.identity, store.shown())
+        return cls(store, info)
+
+    def commit(self, unit_id: str, samples: SampleBatch, targets: TargetBatch, attempt: str | int) -> Receipt:
+        """Store a unit unless it is stored already.
+
+        Raises IntegrityError before anything is written when rows are out of contract, StorageError when the store
+        fails; whatever was committed before stays intact, and without its record this unit does not exist.
+        """
+        fingerprint = self.info.fingerprint
+        manifest_key = f"{MANIFEST_PREFIX}{unit_id}.json"
+        if self.store.exists(manifest_key):
+            return _receipt(read_manifest(self.store, manifest_key, fingerprint), committed=False)
+        data = to_parquet(plain.encode(samples, targets, self.info.identity))
+        record = ManifestRecord.seal(
+            unit=unit_id,
+            attempt=str(attempt),
+            size_bytes=len(data),
+            sha256=sha256(data).hexdigest(),
+            rows=len(samples),
+            tokens=samples.num_tokens,
+            digest=ids_digest(samples.sample_id),
+            fingerprint=fingerprint,
+        )
+        self.store.write(record.data_key, data)
+        winner = self._claim(record)
+        if winner.attempt != record.attempt:
+            self.store.delete(record.data_key)
+        return _receipt(winner, committed=winner.attempt == record.attempt)
+
+    def _claim(self, record: ManifestRecord) -> ManifestRecord:
+        """Create the record and return it, or the one that was there first."""
+        try:
+            if self.store.create(record.key, record.to_json()):
+                return record
+        except StorageError:
+            # Locally a failed create is final, and a full disk needs its room back. A remote request without an
+            # answer may still arrive: its data must stay, and is swept up with other orphans if it never does.
+            if self.store.is_local:
+                self._discard(record)
+            raise
+        # A retried request may have met its own first success, so the record itself tells whose it is.
+        return read_manifest(self.store, record.key, record.fingerprint)
+
+    def _discard(self, record: ManifestRecord) -> None:
+        try:
+            if not self.store.exists(record.key):
+                self.store.delete(record.data_key)
+        except LecternError as error:
+            raise StorageError(
+                f"{error}; {self.store.shown(record.data_key)} is left behind without a record"
+            ) from error
+
+
+def _receipt(record: ManifestRecord, committed: bool) -> Receipt:
+    return Receipt(record.unit, record.rows, record.tokens, record.bytes, committed)
