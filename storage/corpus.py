@@ -43,6 +43,13 @@ class Document:
     completion: str | None = None
 
 
+def num_chars(document: Document) -> int:
+    """Return how much text a document holds, in characters."""
+    strings = [document.text, document.prompt, document.completion]
+    strings += [value for message in document.messages or () for value in message.values() if isinstance(value, str)]
+    return sum(len(text) for text in strings if text is not None)
+
+
 class BadRowError(Exception):
     """A row that holds no usable document; the message says why."""
 

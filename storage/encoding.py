@@ -73,11 +73,16 @@ def assistant_spans(tokenizer: Tokenizer, messages: Sequence[Message], where: st
     return whole, spans
 
 
-def spans_mask(starts: Int32Array, spans: Iterable[Span]) -> BoolArray:
-    """Return which tokens begin within one of the character spans, bool[n]."""
-    mask = np.zeros(len(starts), dtype=np.bool_)
+def spans_mask(token_spans: Int32Array, spans: Iterable[Span]) -> BoolArray:
+    """Return which tokens hold text of one of the character spans, bool[n].
+
+    Args:
+        token_spans: the characters `start:end` of each token, [n, 2].
+        spans: the supervised text; a token that lies only partly within it counts, else its text would go unlearnt.
+    """
+    mask = np.zeros(len(token_spans), dtype=np.bool_)
     for start, end in spans:
-        mask |= (starts >= start) & (starts < end)
+        mask |= (token_spans[:, 0] < end) & (token_spans[:, 1] > start)
     return mask
 
 
@@ -92,13 +97,13 @@ def _render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_pr
 
 def _encode_chat(document: Document, messages: Sequence[Message], tokenizer: Tokenizer) -> EncodedDocument:
     text, spans = assistant_spans(tokenizer, messages, document.where)
-    tokens, starts = tokenizer.encode_with_offsets(text)
-    return EncodedDocument(tokens, spans_mask(starts, spans))
+    tokens, token_spans = tokenizer.encode_with_spans(text)
+    return EncodedDocument(tokens, spans_mask(token_spans, spans))
 
 
 def _encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> EncodedDocument:
-    tokens, starts = tokenizer.encode_with_offsets(prompt + completion)
-    mask = spans_mask(starts, [(len(prompt), len(prompt) + len(completion))])
+    tokens, token_spans = tokenizer.encode_with_spans(prompt + completion)
+    mask = spans_mask(token_spans, [(len(prompt), len(prompt) + len(completion))])
     if not mask.any():
         raise BadRowError(NO_SUPERVISED)
     return _enclosed(tokens, mask, tokenizer)

@@ -2,18 +2,22 @@
 
 import io
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import Field, ValidationError
 
 from storage.errors import IntegrityError
+from storage.object_store import Store
 from storage.samples import ID_BYTES, Int32Array, Sample, SampleBatch, UInt8Array
+from storage.settings import Settings
 
 _T = TypeVar("_T", bound=np.generic)
 
+META_KEY = "samples.json"
 SPLITS = ("train", "heldout")
 INDEX_COLUMNS = ["sample_id", "source", "split", "num_tokens", "num_supervised"]
 TOKEN_COLUMNS = ["sample_id", "source", "tokens", "supervised", "document"]
@@ -31,6 +35,54 @@ SCHEMA = pa.schema(
         pa.field("num_supervised", pa.int32(), nullable=False),
     ]
 )
+
+
+class PartFacts(Settings):
+    """One Parquet file of a set."""
+
+    name: str
+    """Key below the set's URL."""
+    bytes: int = Field(ge=0)
+    """Its size."""
+    group_rows: list[int]
+    """Samples in each row group."""
+
+
+class SetFacts(Settings):
+    """What `samples.json` holds."""
+
+    format: Literal[1] = 1
+    """Version of this layout and of how text becomes samples."""
+    key: str
+    """Fingerprint of the config, the tokenizer and the inputs."""
+    window_tokens: int
+    """Most tokens of a sample."""
+    tokenizer: dict[str, str | int]
+    """Digest and vocabulary size."""
+    counters: dict[str, dict[str, int]]
+    """For each source, in the config's order: documents, bad_rows, duplicates, duplicate_windows."""
+    parts: list[PartFacts]
+    """The files, in row order."""
+
+
+def read_facts(store: Store) -> SetFacts | None:
+    """Return what `samples.json` says, or None when there is none.
+
+    Raises:
+        IntegrityError: it is malformed or of another format.
+    """
+    content = store.read_if_exists(META_KEY)
+    if content is None:
+        return None
+    try:
+        return SetFacts.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise IntegrityError(
+            f"{store.shown(META_KEY)} is malformed or of another format ({field}: {first['msg']}); delete this "
+            "folder and prepare the samples again"
+        ) from error
 
 
 class PartWriter:

@@ -19,8 +19,8 @@ from storage.errors import InputError, IntegrityError
 from storage.inputs import resolve_inputs
 from storage.object_store import Store
 from storage.range_file import RangeFile
-from storage.sample_file import INDEX_COLUMNS, SPLITS, TOKEN_COLUMNS, from_table, ids_of
-from storage.sample_writer import META_KEY, Progress, write_samples
+from storage.sample_file import INDEX_COLUMNS, SPLITS, TOKEN_COLUMNS, SetFacts, from_table, ids_of, read_facts
+from storage.sample_writer import Progress, write_samples
 from storage.samples import ID_BYTES, Int64Array, SampleBatch, UInt8Array, offsets_of
 from storage.tokenizer import Tokenizer
 
@@ -41,10 +41,10 @@ def prepare_samples(
     Raises:
         InputError: an input is missing, malformed or empty; the message names file and line.
     """
+    assert data.chat_template in (None, tokenizer.chat_template), "load the tokenizer with data.chat_template"
     store = Store(url)
     key = samples_key(data, tokenizer)
-    meta = _read_meta(store)
-    if meta is None or meta.get("key") != key or not _parts_are_whole(store, meta):
+    if not _is_current(store, key):
         write_samples(data, tokenizer, store, key, on_progress)
     return SampleSet.open(store.url)
 
@@ -79,17 +79,17 @@ class SampleSet:
         counters: for each source `documents`, `bad_rows`, `duplicates` (documents), `duplicate_windows`.
     """
 
-    def __init__(self, store: Store, meta: dict[str, Any]) -> None:
+    def __init__(self, store: Store, facts: SetFacts) -> None:
         """Read the index; use `open`."""
         self.url = store.url
-        self.key: str = meta["key"]
-        self.window_tokens: int = meta["window_tokens"]
-        self.counters: dict[str, dict[str, int]] = meta["counters"]
+        self.key = facts.key
+        self.window_tokens = facts.window_tokens
+        self.counters = facts.counters
         self.source_names = list(self.counters)
         self._store = store
-        self._parts: list[dict[str, Any]] = meta["parts"]
-        self._group_part = [(p, g) for p, part in enumerate(self._parts) for g in range(len(part["group_rows"]))]
-        self._group_starts = offsets_of([rows for part in self._parts for rows in part["group_rows"]])
+        self._parts = facts.parts
+        self._group_part = [(p, g) for p, part in enumerate(self._parts) for g in range(len(part.group_rows))]
+        self._group_starts = offsets_of([rows for part in self._parts for rows in part.group_rows])
         self._footers: dict[int, Any] = {}
         self._cache: OrderedDict[int, SampleBatch] = OrderedDict()
         self._read_index()
@@ -103,10 +103,10 @@ class SampleSet:
             IntegrityError: a file is missing or altered.
         """
         store = Store(url)
-        meta = _read_meta(store)
-        if meta is None:
+        facts = read_facts(store)
+        if facts is None:
             raise InputError(f"no prepared samples at {store.shown()}; run the stage that prepares them first")
-        return cls(store, meta)
+        return cls(store, facts)
 
     def __reduce__(self) -> tuple[Callable[[str], "SampleSet"], tuple[str]]:
         return type(self).open, (self.url,)
@@ -189,7 +189,7 @@ class SampleSet:
         batch = from_table(self._read_part(part, TOKEN_COLUMNS, [index]))
         expected = self.sample_ids[self._group_starts[group] : self._group_starts[group + 1]]
         if not np.array_equal(batch.sample_id, expected):
-            raise IntegrityError(f"{self._store.shown(self._parts[part]['name'])} was altered while open; {_BROKEN}")
+            raise IntegrityError(f"{self._store.shown(self._parts[part].name)} was altered while open; {_BROKEN}")
         self._cache[group] = batch
         while len(self._cache) > 1 and sum(_num_bytes(kept) for kept in self._cache.values()) > CACHE_BYTES:
             self._cache.popitem(last=False)
@@ -198,8 +198,8 @@ class SampleSet:
     def _read_index(self) -> None:
         tables = [self._read_part(part, INDEX_COLUMNS, None) for part in range(len(self._parts))]
         for table, part in zip(tables, self._parts, strict=True):
-            if len(table) != sum(part["group_rows"]):
-                raise IntegrityError(f"{self._store.shown(part['name'])} holds {len(table)} rows; {_BROKEN}")
+            if len(table) != sum(part.group_rows):
+                raise IntegrityError(f"{self._store.shown(part.name)} holds {len(table)} rows; {_BROKEN}")
         table = pa.concat_tables(tables)
         codes = {name: code for code, name in enumerate(self.source_names)}
         self.sample_ids: UInt8Array = ids_of(table)
@@ -211,31 +211,25 @@ class SampleSet:
     def _read_part(self, part: int, columns: list[str], groups: list[int] | None) -> pa.Table:
         facts = self._parts[part]
         try:
-            source = pa.PythonFile(RangeFile(self._store, facts["name"], facts["bytes"]), mode="r")
+            source = pa.PythonFile(RangeFile(self._store, facts.name, facts.bytes), mode="r")
             parquet = pq.ParquetFile(source, metadata=self._footers.get(part), page_checksum_verification=True)
             self._footers[part] = parquet.metadata
             return parquet.read(columns) if groups is None else parquet.read_row_groups(groups, columns)
         except (pa.ArrowException, OSError) as error:
             raise IntegrityError(
-                f"{self._store.shown(facts['name'])} is truncated or altered ({error}); {_BROKEN}"
+                f"{self._store.shown(facts.name)} is truncated or altered ({error}); {_BROKEN}"
             ) from error
 
 
-def _read_meta(store: Store) -> dict[str, Any] | None:
-    content = store.read_if_exists(META_KEY)
-    if content is None:
-        return None
+def _is_current(store: Store, key: str) -> bool:
+    """Tell whether a whole set with this key is there; a broken one is simply made again."""
     try:
-        meta = json.loads(content)
-    except ValueError as error:
-        raise IntegrityError(f"{store.shown(META_KEY)} is not JSON ({error}); {_BROKEN}") from error
-    if not isinstance(meta, dict) or meta.get("format") != 1:
-        raise IntegrityError(f"{store.shown(META_KEY)} is not of format 1; {_BROKEN}")
-    return meta
-
-
-def _parts_are_whole(store: Store, meta: dict[str, Any]) -> bool:
-    return all(store.exists(part["name"]) and store.size(part["name"]) == part["bytes"] for part in meta["parts"])
+        facts = read_facts(store)
+    except IntegrityError:
+        return False
+    if facts is None or facts.key != key:
+        return False
+    return all(store.exists(part.name) and store.size(part.name) == part.bytes for part in facts.parts)
 
 
 def _code(name: str, names: Sequence[str], what: str) -> int:

@@ -1,24 +1,22 @@
 """Corpora → samples on disk: reads, cleans, splits, encodes, packs and writes, holding a few megabytes at a time."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from storage.cleaning import clean_document, cleaner_of, document_digest, is_heldout
 from storage.config import DataConfig, SourceConfig
-from storage.corpus import BadRowError, Document, read_documents, refuse_row
+from storage.corpus import BadRowError, Document, num_chars, read_documents, refuse_row
 from storage.encoding import encode_documents
 from storage.errors import InputError
 from storage.object_store import Store
 from storage.packing import Packer
-from storage.sample_file import SPLITS, PartWriter
+from storage.sample_file import META_KEY, SPLITS, PartFacts, PartWriter, SetFacts
 from storage.samples import Sample
 from storage.tokenizer import Tokenizer
 
 Progress = Callable[[dict[str, Any]], None]
 
-META_KEY = "samples.json"
 PART_PREFIX = "samples-"
 PART_BYTES = 8 << 20
 GROUP_SAMPLES = 256
@@ -42,17 +40,16 @@ def write_samples(data: DataConfig, tokenizer: Tokenizer, store: Store, key: str
         counters[source.name] = Counter(documents=0, bad_rows=0, duplicates=0, duplicate_windows=0)
         _write_source(source, data, tokenizer, writer, counters[source.name], on_progress)
     parts = writer.finish()
-    for stale in set(store.list(PART_PREFIX)) - {part["name"] for part in parts}:
+    for stale in set(store.list(PART_PREFIX)) - {part.name for part in parts}:
         store.delete(stale)
-    meta = {
-        "format": 1,
-        "key": key,
-        "window_tokens": data.window_tokens,
-        "tokenizer": {"digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size},
-        "counters": {name: dict(counter) for name, counter in counters.items()},
-        "parts": parts,
-    }
-    store.write(META_KEY, json.dumps(meta, indent=1).encode())
+    facts = SetFacts(
+        key=key,
+        window_tokens=data.window_tokens,
+        tokenizer={"digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size},
+        counters={name: dict(counter) for name, counter in counters.items()},
+        parts=parts,
+    )
+    store.write(META_KEY, facts.model_dump_json(indent=1).encode())
 
 
 class _SetWriter:
@@ -66,7 +63,7 @@ class _SetWriter:
         self._group_tokens = 0
         self._part: PartWriter | None = None
         self._group_rows: list[int] = []
-        self._parts: list[dict[str, Any]] = []
+        self._parts: list[PartFacts] = []
 
     def add(self, sample: Sample, split: str) -> bool:
         """Take a sample; False when the same window was taken before."""
@@ -80,8 +77,8 @@ class _SetWriter:
             self._end_group()
         return True
 
-    def finish(self) -> list[dict[str, Any]]:
-        """Write what is left; return name, bytes and rows of each row group of all parts."""
+    def finish(self) -> list[PartFacts]:
+        """Write what is left; return what the set's files hold."""
         self._end_group()
         self._end_part()
         return self._parts
@@ -102,7 +99,7 @@ class _SetWriter:
         name = f"{PART_PREFIX}{len(self._parts):05d}.parquet"
         content = self._part.finish()
         self._store.write(name, content)
-        self._parts.append({"name": name, "bytes": len(content), "group_rows": self._group_rows})
+        self._parts.append(PartFacts(name=name, bytes=len(content), group_rows=self._group_rows))
         self._part, self._group_rows = None, []
 
 
@@ -160,7 +157,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     chars = 0
     for document in documents:
         batch.append(document)
-        chars += len(document.text or "")
+        chars += num_chars(document)
         if len(batch) >= BATCH_DOCUMENTS or chars >= BATCH_CHARS:
             yield batch
             batch, chars = [], 0

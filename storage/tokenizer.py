@@ -32,9 +32,10 @@ class Tokenizer:
     def __init__(self, folder: Path, content: str, config: Mapping[str, Any], chat_template: str | None) -> None:
         """Build from the text of `tokenizer.json` and the parsed `tokenizer_config.json`; see `load`."""
         self.folder = folder
-        self._engine = _engine(content, folder)
+        parsed = _parse_json(content, folder / "tokenizer.json")
+        self._engine = _engine(parsed, folder)
         self.vocab_size: int = max(self._engine.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.digest = _digest(content)
+        self.digest = _digest(parsed)
         self.chat_template = chat_template
         self.special_tokens = _special_tokens(config)
         self.eos_id = self._id_of("eos_token")
@@ -65,13 +66,19 @@ class Tokenizer:
         return cls(root, _read_text(path), config, template)
 
     def encode_with_offsets(self, text: str) -> tuple[Int32Array, Int32Array]:
-        """Return the token ids of `text` and the character at which each begins, both int32[n].
+        """Return the token ids of `text` and the character at which each begins, both int32[n]."""
+        ids, spans = self.encode_with_spans(text)
+        return ids, spans[:, 0]
 
-        Special tokens written in the text are recognised; none is added.
+    def encode_with_spans(self, text: str) -> tuple[Int32Array, Int32Array]:
+        """Return the token ids of `text`, int32[n], and the characters `start:end` that each stands for, int32[n, 2].
+
+        A token's leading space counts as its own. Tokens that are parts of one character all span it. Special tokens
+        written in the text are recognised; none is added.
         """
         encoding = self._engine.encode(text, add_special_tokens=False)
-        starts = np.fromiter((start for start, _ in encoding.offsets), dtype=np.int32, count=len(encoding))
-        return np.asarray(encoding.ids, dtype=np.int32), starts
+        spans = np.asarray(encoding.offsets, dtype=np.int32).reshape(-1, 2)
+        return np.asarray(encoding.ids, dtype=np.int32), spans
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int32Array]:
         """Return the token ids of each text, int32[n]; special tokens are recognised, none is added."""
@@ -120,9 +127,10 @@ class Tokenizer:
         return bos if config.get("add_bos_token") is True or added[0] == bos else None
 
 
-def _engine(content: str, folder: Path) -> tokenizers.Tokenizer:
+def _engine(parsed: Mapping[str, Any], folder: Path) -> tokenizers.Tokenizer:
+    untrimmed = {**parsed, "post_processor": _without_trimming(parsed.get("post_processor"))}
     try:
-        engine = tokenizers.Tokenizer.from_str(content)
+        engine = tokenizers.Tokenizer.from_str(json.dumps(untrimmed))
     except Exception as error:  # the library raises bare Exception
         raise InputError(f"{folder}/tokenizer.json cannot be read: {error}") from error
     engine.no_truncation()  # the file may carry both; they would cut or pad documents unseen
@@ -130,12 +138,22 @@ def _engine(content: str, folder: Path) -> tokenizers.Tokenizer:
     return engine
 
 
-def _digest(content: str) -> str:
-    parsed = json.loads(content)
-    for state in ("truncation", "padding"):
-        parsed.pop(state, None)
-    canonical = json.dumps(parsed, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=32).hexdigest()
+def _without_trimming(node: Any) -> Any:
+    """The post-processor with offsets that include a token's spaces: spans of text are told by them. Ids stay."""
+    if isinstance(node, dict):
+        return {key: False if key == "trim_offsets" else _without_trimming(value) for key, value in node.items()}
+    return [_without_trimming(value) for value in node] if isinstance(node, list) else node
+
+
+def _digest(parsed: Mapping[str, Any]) -> str:
+    """Digest of what decides ids: not of layout, nor of the two ways in which merges are written down."""
+    kept = {key: value for key, value in parsed.items() if key not in ("truncation", "padding")}
+    model = kept.get("model")
+    if isinstance(model, dict) and isinstance(model.get("merges"), list):
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        kept["model"] = {**model, "merges": pairs}
+    canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"))
+    return blake2b(canonical.encode("ascii"), digest_size=32).hexdigest()
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -160,10 +178,12 @@ def _own_template(root: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+    return _parse_json(_read_text(path), path) if path.is_file() else {}
+
+
+def _parse_json(content: str, path: Path) -> dict[str, Any]:
     try:
-        parsed = json.loads(_read_text(path))
+        parsed = json.loads(content)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
     if not isinstance(parsed, dict):
