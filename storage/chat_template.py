@@ -12,6 +12,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from storage.errors import InputError
 
+_REFUSALS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
 
 class ChatTemplate:
     """A chat template that renders messages.
@@ -22,9 +32,20 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """Compile lazily, so that the object stays small to send between processes."""
+        """Keep the source; it is compiled at first use, so that the object stays small to send between processes."""
         self.source = source
         self.special_tokens = dict(special_tokens)
+
+    def compile(self) -> jinja2.Template:
+        """Return the compiled template.
+
+        Raises:
+            InputError: it is malformed.
+        """
+        try:
+            return _compiled(self.source)
+        except jinja2.TemplateSyntaxError as error:
+            raise InputError(f"the chat template is malformed at its line {error.lineno}: {error.message}") from error
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """Return the text of `messages`, with the opening of an assistant turn after it when asked.
@@ -32,14 +53,12 @@ class ChatTemplate:
         Raises:
             InputError: the template is malformed or refuses the messages.
         """
+        template = self.compile()
         try:
-            template = _compiled(self.source)
             return template.render(
                 messages=list(messages), add_generation_prompt=add_generation_prompt, **self.special_tokens
             )
-        except jinja2.TemplateSyntaxError as error:
-            raise InputError(f"the chat template is malformed at its line {error.lineno}: {error.message}") from error
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        except _REFUSALS as error:
             raise InputError(f"the chat template refuses the messages: {error}") from error
 
 

@@ -160,7 +160,7 @@ class _VisibleText(HTMLParser):
         if tag in _BLOCKS:
             self._parts.append("\n")
         elif tag in _CELLS:
-            self._parts.append(" ")
+            self.handle_data(" ")
 
     def result(self) -> str:
         joined = "".join(self._parts)

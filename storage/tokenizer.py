@@ -63,7 +63,10 @@ class Tokenizer:
             )
         config = _read_json(root / "tokenizer_config.json")
         template = chat_template if chat_template is not None else _own_template(root, config)
-        return cls(root, _read_text(path), config, template)
+        tokenizer = cls(root, _read_text(path), config, template)
+        if chat_template is not None and tokenizer._chat is not None:
+            tokenizer._chat.compile()  # what the user wrote is checked at once
+        return tokenizer
 
     def encode_with_offsets(self, text: str) -> tuple[Int32Array, Int32Array]:
         """Return the token ids of `text` and the character at which each begins, both int32[n]."""
