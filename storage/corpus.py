@@ -24,6 +24,8 @@ PAGE_CHARS = 4_194_304
 """The same where HTML is stripped: markup cut in two could not be told from text."""
 LINE_BYTES = 64 << 20
 """Longest line of a JSONL file."""
+READ_BYTES = 1 << 20
+"""Bytes of a JSONL file read at a time."""
 PARQUET_ROWS = 256
 """Rows of a Parquet file held in memory at a time."""
 
@@ -106,7 +108,7 @@ RowSource = tuple[str, Callable[[], Any]]
 
 def _json_rows(file: InputFile) -> Iterator[RowSource]:
     """Yield (file:line, parser) for each line that is not blank."""
-    with reading(file.shown), open_input(file) as lines:
+    with reading(file.shown), open_input(file) as raw, io.BufferedReader(raw, READ_BYTES) as lines:
         for number, line in enumerate(iter(lambda: lines.readline(LINE_BYTES), b""), start=1):
             if len(line) == LINE_BYTES and not line.endswith(b"\n"):
                 raise InputError(f"{file.shown}:{number}: longer than {LINE_BYTES} bytes; one JSON object per line")

@@ -10,6 +10,7 @@ from zipfile import BadZipFile
 from zlib import error as ZlibError  # noqa: N812 - the standard library's only name for it
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from storage.config import SourceConfig
 from storage.embedded_text import EMBEDDED_PREFIX, embedded_version
@@ -87,7 +88,7 @@ def _expand(path: str, source: SourceConfig) -> Iterator[InputFile]:
             info = filesystem.info(match)
             if info.get("type") == "directory":
                 raise InputError(f"{redact(path)} is a folder; name its files, e.g. {redact(path).rstrip('/')}/*.jsonl")
-            yield InputFile(_url(filesystem, match, path), _format(match, source), info.get("size"), _stamp(info))
+            yield InputFile(_url(filesystem, match), _format(match, source), info.get("size"), _stamp(info))
 
 
 def open_input(file: InputFile, compression: str | None = "infer") -> Any:
@@ -103,8 +104,8 @@ def _is_glob(path: str) -> bool:
     return any(mark in path for mark in ("*" if path.startswith(("http://", "https://")) else "*?["))
 
 
-def _url(filesystem: Any, match: str, path: str) -> str:
-    return str(filesystem.unstrip_protocol(match)) if "://" in path or "::" in path else match
+def _url(filesystem: Any, match: str) -> str:
+    return match if isinstance(filesystem, LocalFileSystem) else str(filesystem.unstrip_protocol(match))
 
 
 def _format(path: str, source: SourceConfig) -> Format:
