@@ -3,38 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from storage.samples import Sample, SampleBatch
+from storage.samples import SampleBatch
+from tests.workers.tiny import TINY, tiny_model, window
 from workers.local.batching import model_inputs, plan_batches
-
-TINY = {
-    "qwen2": {"num_key_value_heads": 2},
-    "llama": {"num_key_value_heads": 2},
-    "deepseek_v3": {
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "moe_intermediate_size": 32,
-        "first_k_dense_replace": 1,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-        "num_key_value_heads": 4,
-    },
-}
-
-
-def window(documents: list[int], seed: int = 0) -> Sample:
-    length = sum(documents)
-    document = np.repeat(np.arange(len(documents), dtype=np.int16), documents)
-    supervised = np.ones(length, dtype=np.bool_)
-    supervised[np.concatenate([[0], np.cumsum(documents)[:-1]])] = False
-    tokens = np.random.default_rng(seed).integers(0, 64, length).astype(np.int32)
-    return Sample("general", tokens, supervised, document)
 
 
 def test_batches_hold_every_sample_once_within_the_limit() -> None:
@@ -61,17 +33,7 @@ def test_positions_restart_and_masks_are_block_diagonal() -> None:
 
 @pytest.mark.parametrize("model_type", sorted(TINY))
 def test_packed_windows_score_as_their_documents_alone(model_type: str) -> None:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        model_type,
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        **TINY[model_type],
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = tiny_model(model_type)
     packed = window([7, 5, 9])
     other = window([11], seed=1)
     with torch.no_grad():

@@ -19,7 +19,7 @@ def run(logits: torch.Tensor, kind: str, vocab_size: int, top_k: int = 8, draws:
     truth = torch.arange(len(logits)) % vocab_size
     uniform = torch.from_numpy(np.random.default_rng(seed).random(len(logits)))
     settings = SelectionSettings(kind=kind, top_k=top_k, draws=draws, vocab_size=vocab_size)  # type: ignore[arg-type]
-    return select(logits, truth, uniform, settings)
+    return select(logits, torch.arange(len(logits)), truth, uniform, settings)
 
 
 def split(selection: Selection, values: np.ndarray) -> list[np.ndarray]:

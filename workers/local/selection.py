@@ -74,7 +74,7 @@ class Selection:
 
 
 class NonFiniteLogitsError(ValueError):
-    """The teacher returned NaN or infinity; `positions` are the rows of the logits concerned."""
+    """The teacher returned NaN or infinity; `positions` index the positions asked for."""
 
     def __init__(self, positions: list[int]) -> None:
         super().__init__(f"logits of positions {positions[:5]} are not finite")
@@ -88,11 +88,12 @@ def uniforms(seed: int, sample_id: bytes, num_positions: int) -> NDArray[np.floa
     return generator.random(num_positions)
 
 
-def select(logits: Tensor, truth: Tensor, uniform: Tensor, settings: SelectionSettings) -> Selection:
+def select(logits: Tensor, positions: Tensor, truth: Tensor, uniform: Tensor, settings: SelectionSettings) -> Selection:
     """Select the entries of P positions.
 
     Args:
-        logits: [P, W] of any float dtype; columns from `vocab_size` on are padding.
+        logits: [T, W] of any float dtype; columns from `vocab_size` on are padding.
+        positions: int64 [P], the rows of `logits` to look at, at least one.
         truth: int64 [P], the tokens that really follow.
         uniform: float64 [P], the offset of each position's systematic draws.
         settings: kind and sizes.
@@ -101,14 +102,15 @@ def select(logits: Tensor, truth: Tensor, uniform: Tensor, settings: SelectionSe
         NonFiniteLogitsError: a distribution is NaN or infinite.
     """
     rows = max(1, CHUNK_BYTES.get(logits.device.type, CHUNK_BYTES["cuda"]) // (4 * logits.shape[1]))
-    rows = min(rows, len(logits))
+    rows = min(rows, len(positions))
     num_blocks = -(-settings.vocab_size // BLOCK)
     # Scratch is made once: fresh pages for each chunk would cost more than the arithmetic on them.
     scratch = torch.full((2, rows, num_blocks * BLOCK), PADDING, dtype=torch.float32, device=logits.device)
     parts = []
-    for at in range(0, len(logits), rows):
+    for at in range(0, len(positions), rows):
         part = slice(at, at + rows)
-        parts.append(_select_chunk(logits[part], truth[part], uniform[part], settings, at, scratch))
+        chunk = logits[positions[part]]
+        parts.append(_select_chunk(chunk, truth[part], uniform[part], settings, at, scratch))
     return Selection.concat(parts)
 
 

@@ -1,0 +1,90 @@
+"""A unit scored by one rank or by several, against plain transformers."""
+
+import numpy as np
+import pytest
+import torch
+
+from storage.errors import InputError, IntegrityError
+from storage.samples import SampleBatch
+from storage.targets import TargetBatch
+from tests.workers.tiny import PADDED_SIZE, VOCAB_SIZE, tiny_model, window
+from workers.local.hooks import check_layers
+from workers.local.scoring import ScoringSettings, merge_parts, score_part
+from workers.local.selection import SelectionSettings
+
+SAMPLES = SampleBatch.of([window([9, 4], 1), window([12], 2), window([3, 2, 6], 3), window([5], 4)])
+CPU = torch.device("cpu")
+
+
+def settings(data_parallel: bool = False, kind: str = "hybrid", hidden: tuple[str, ...] = ()) -> ScoringSettings:
+    selection = SelectionSettings(kind=kind, top_k=6, draws=5, vocab_size=VOCAB_SIZE)  # type: ignore[arg-type]
+    return ScoringSettings(selection, 0, hidden, "float16", batch_tokens=24, data_parallel=data_parallel)
+
+
+def targets(model: torch.nn.Module, how: ScoringSettings, num_ranks: int = 1) -> TargetBatch:
+    parts = [score_part(model, SAMPLES, how, rank, num_ranks, CPU) for rank in range(num_ranks)]
+    return merge_parts(SAMPLES, parts)
+
+
+def reference(model: torch.nn.Module) -> torch.Tensor:
+    """Return the log-probabilities of every supervised position, [P, VOCAB_SIZE], one document at a time."""
+    rows = []
+    for n in range(len(SAMPLES)):
+        sample = SAMPLES.sample(n)
+        for document in np.unique(sample.document):
+            tokens = torch.from_numpy(sample.tokens[sample.document == document].astype(np.int64))
+            with torch.no_grad():
+                logits = model(input_ids=tokens[None]).logits[0, :-1, :VOCAB_SIZE]
+            rows.append(torch.log_softmax(logits.double(), -1))
+    return torch.cat(rows)
+
+
+def test_targets_match_plain_transformers() -> None:
+    model = tiny_model("qwen2")
+    got, expected = targets(model, settings()), reference(model)
+    position = np.repeat(np.arange(got.num_positions), got.count)
+    np.testing.assert_allclose(got.logprob.astype(np.float64), expected[position, got.id], rtol=1e-3, atol=1e-3)
+    kept = np.bincount(position, weights=expected[position, got.id].exp().numpy())
+    np.testing.assert_allclose(got.tail_mass.astype(np.float64), 1 - kept, atol=2e-3)
+    truth = SAMPLES.tokens[SAMPLES.supervised]
+    nll = -expected[np.arange(len(truth)), truth].numpy()
+    ends = np.cumsum(SAMPLES.num_supervised())
+    np.testing.assert_allclose(got.teacher_nll, [part.mean() for part in np.split(nll, ends[:-1])], rtol=1e-5)
+
+
+@pytest.mark.parametrize("data_parallel", [False, True])
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_shares_of_ranks_add_up_to_the_whole(data_parallel: bool, num_ranks: int) -> None:
+    model = tiny_model("llama")
+    whole = targets(model, settings(hidden=("final",)))
+    shared = targets(model, settings(data_parallel, hidden=("final",)), num_ranks)
+    for field in ("offsets", "count", "id", "draws"):
+        np.testing.assert_array_equal(getattr(shared, field), getattr(whole, field))
+    np.testing.assert_allclose(shared.logprob, whole.logprob, rtol=1e-3)
+    np.testing.assert_array_equal(shared.hidden["final"].shape, whole.hidden["final"].shape)
+    np.testing.assert_allclose(shared.hidden["final"], whole.hidden["final"], atol=2e-3)
+
+
+def test_final_hidden_state_gives_the_logits_back() -> None:
+    model = tiny_model("qwen2")
+    got = targets(model, settings(kind="topk", hidden=("final", "model.layers.0")))
+    head = model.get_output_embeddings().weight[:VOCAB_SIZE].detach().float()
+    logits = torch.from_numpy(got.hidden["final"].astype(np.float32)) @ head.T
+    best = logits.argmax(-1).numpy()
+    firsts = got.id[got.entry_offsets[:-1]]
+    assert (best == firsts).mean() > 0.97
+    assert got.hidden["model.layers.0"].shape == (got.num_positions, 32)
+    assert got.id.max() < PADDED_SIZE
+
+
+def test_unknown_layer_lists_those_that_exist() -> None:
+    with pytest.raises(InputError, match=r"no layer 'model\.layers\.7'.*model\.layers\.0.*model\.layers\.1"):
+        check_layers(tiny_model("qwen2"), ["final", "model.layers.7"])
+
+
+def test_non_finite_teacher_names_the_samples() -> None:
+    model = tiny_model("qwen2")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[3] = float("nan")
+    with pytest.raises(IntegrityError, match=SAMPLES.ids()[0].hex()):
+        targets(model, settings())

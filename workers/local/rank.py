@@ -1,0 +1,156 @@
+"""The rank actor: one process that holds one shard of a teacher, scores units and commits them."""
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storage.identity import DatasetIdentity
+from storage.sample_set import SampleSet
+from storage.writer import DatasetWriter, Receipt
+from workers.config import TeacherConfig
+from workers.units import WorkUnit
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """Where a rank stands in its replica."""
+
+    rank: int
+    num_ranks: int
+    local_rank: int
+    """Number of the rank among those of its node."""
+    num_local_ranks: int
+    master_address: str
+    master_port: int
+    device: str
+    """`cpu` or `cuda`."""
+    threads: int
+    """CPU threads for this rank."""
+
+
+@dataclass(frozen=True)
+class CaptureJob:
+    """Everything a replica needs to know to score units into a dataset."""
+
+    teacher: TeacherConfig
+    model_folder: Path
+    samples_url: str
+    dataset_url: str
+    identity: DatasetIdentity
+
+
+@dataclass(frozen=True)
+class UnitReceipt:
+    """What became of a unit and what it took, in seconds."""
+
+    receipt: Receipt
+    samples: int
+    tokens: int
+    forward_s: float
+    selection_s: float
+    commit_s: float
+    """Merging, encoding and writing."""
+
+
+class Rank:
+    """One rank of a replica; methods run one at a time. Made a Ray actor by `workers.fleet`."""
+
+    def address(self) -> tuple[str, str, int]:
+        """Return this node's id and address, and a port that is free on it now."""
+        import ray
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = int(probe.getsockname()[1])
+        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), port
+
+    def load(self, job: CaptureJob, place: RankPlace) -> Any:
+        """Load and shard the model; returns a `sharding.ShardReport`.
+
+        Raises:
+            InputError: the model cannot be loaded or a layer to capture does not exist.
+        """
+        _set_environment(place)
+        import torch
+
+        torch.set_num_threads(place.threads)
+        from workers.local.hooks import check_layers
+        from workers.local.sharding import load_model, shard_model
+
+        self.job, self.place = job, place
+        self.device = torch.device(place.device)
+        if place.num_ranks > 1:
+            import deepspeed
+
+            deepspeed.init_distributed(dist_backend="nccl" if place.device == "cuda" else "gloo", verbose=False)
+        model = load_model(job.model_folder, job.teacher, self.device)
+        check_layers(model, job.identity.capture.hidden)
+        self.model, report = shard_model(model, job.teacher, place.rank)
+        self.settings = _scoring_settings(job)
+        self.samples = SampleSet.open(job.samples_url)
+        return report
+
+    def score(self, unit: WorkUnit) -> Any:
+        """Return this rank's `scoring.ScoredPart` of a unit; all ranks of the replica must be asked."""
+        from workers.local.scoring import score_part
+
+        samples = self.samples.read(unit.rows)
+        return score_part(self.model, samples, self.settings, self.place.rank, self.place.num_ranks, self.device)
+
+    def commit(self, unit: WorkUnit, attempt: str, *parts: Any) -> UnitReceipt:
+        """Put the ranks' parts together and commit the unit; asked of rank 0."""
+        from workers.local.scoring import merge_parts
+
+        start = time.perf_counter()
+        samples = self.samples.read(unit.rows)
+        writer = DatasetWriter.open(self.job.dataset_url, self.job.identity)
+        receipt = writer.commit(unit.unit_id, samples, merge_parts(samples, parts), attempt)
+        return UnitReceipt(
+            receipt=receipt,
+            samples=len(samples),
+            tokens=samples.num_tokens,
+            forward_s=max(part.forward_s for part in parts),
+            selection_s=max(part.selection_s for part in parts),
+            commit_s=time.perf_counter() - start,
+        )
+
+
+def _scoring_settings(job: CaptureJob) -> Any:
+    from workers.local.scoring import ScoringSettings
+    from workers.local.selection import SelectionSettings
+
+    capture, vocab_size = job.identity.capture, job.identity.tokenizer.vocab_size
+    return ScoringSettings(
+        selection=SelectionSettings(
+            kind=capture.kind,
+            top_k=min(capture.top_k or 1, vocab_size),
+            draws=capture.draws or 0,
+            vocab_size=vocab_size,
+        ),
+        seed=capture.seed or 0,
+        hidden=tuple(capture.hidden),
+        hidden_dtype=capture.hidden_dtype or "float16",
+        batch_tokens=job.teacher.batch_tokens,
+        data_parallel=job.teacher.sharding == "zero3" and job.teacher.ranks > 1,
+    )
+
+
+def _set_environment(place: RankPlace) -> None:
+    """Tell torch.distributed and DeepSpeed where this rank stands, before either is imported."""
+    on_cpu = place.device == "cpu"
+    os.environ.update(
+        RANK=str(place.rank),
+        WORLD_SIZE=str(place.num_ranks),
+        # Ray shows each actor its own GPU alone, which therefore is number 0.
+        LOCAL_RANK=str(place.local_rank if on_cpu else 0),
+        # DeepSpeed's CPU collectives crash without LOCAL_SIZE.
+        LOCAL_SIZE=str(place.num_local_ranks),
+        LOCAL_WORLD_SIZE=str(place.num_local_ranks),
+        MASTER_ADDR=place.master_address,
+        MASTER_PORT=str(place.master_port),
+    )
+    if on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"

@@ -1,0 +1,93 @@
+"""Loads a causal language model and splits it over the ranks of one replica with DeepSpeed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from storage.errors import InputError
+from workers.config import TeacherConfig
+
+REPLICATE_BELOW = 2048
+"""ZeRO-3 keeps parameters of fewer values (norms, biases) whole on each rank: gathering them costs more."""
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What one rank holds after sharding."""
+
+    rank: int
+    parameters_held: int
+    parameters_total: int
+    replicated: list[str]
+    """Modules whose parameters every rank holds whole, although there are several ranks."""
+
+
+def load_model(folder: Path, teacher: TeacherConfig, device: torch.device) -> nn.Module:
+    """Load a model folder in the teacher's precision, ready to score; InputError when it cannot be loaded."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, teacher.dtype), local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"teacher {teacher.name} at {folder} cannot be loaded as a causal language model: {reason}; "
+            "check the folder's config.json and safetensors files"
+        ) from error
+    return model.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def shard_model(model: nn.Module, teacher: TeacherConfig, rank: int) -> tuple[nn.Module, ShardReport]:
+    """Split a loaded model over `teacher.ranks` ranks; torch.distributed must be running where there are several."""
+    whole = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    if teacher.sharding == "tensor_parallel" and teacher.ranks > 1:
+        model = _tensor_parallel(model, teacher)
+    elif teacher.sharding == "zero3" and teacher.ranks > 1:
+        model = _zero3(model, teacher)
+    held = {name: _values_held(parameter) for name, parameter in model.named_parameters()}
+    total = sum(whole.values())
+    kept_whole = [name for name, values in held.items() if teacher.ranks > 1 and values == whole.get(name)]
+    report = ShardReport(rank, sum(held.values()), total, summarize_names(kept_whole))
+    return model, report
+
+
+def _tensor_parallel(model: nn.Module, teacher: TeacherConfig) -> nn.Module:
+    import deepspeed
+
+    engine = deepspeed.init_inference(
+        model,
+        tensor_parallel={"tp_size": teacher.ranks},
+        dtype=getattr(torch, teacher.dtype),
+        replace_with_kernel_inject=False,
+    )
+    return engine.module  # type: ignore[no-any-return]
+
+
+def _zero3(model: nn.Module, teacher: TeacherConfig) -> nn.Module:
+    import deepspeed
+
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": REPLICATE_BELOW},
+        "bf16": {"enabled": teacher.dtype == "bfloat16"},
+        "fp16": {"enabled": teacher.dtype == "float16"},
+    }
+    engine, *_ = deepspeed.initialize(model=model, config=settings)
+    return engine.module.eval()  # type: ignore[no-any-return]
+
+
+def _values_held(parameter: Any) -> int:
+    """Return how many values of a parameter this rank keeps between forwards."""
+    if not hasattr(parameter, "ds_tensor"):
+        return int(parameter.numel())
+    return int(parameter.ds_numel if parameter.ds_persist else parameter.ds_tensor.numel())
+
+
+def summarize_names(names: list[str]) -> list[str]:
+    """Shorten parameter names of numbered layers to patterns, e.g. `model.layers.*.mlp.gate.weight`."""
+    patterns = (".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names)
+    return sorted(set(patterns))
