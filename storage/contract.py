@@ -168,4 +168,4 @@ def _refuse(ids: list[bytes], what: str) -> None:
         shown = ", ".join(i.hex() for i in ids[:_NAMED]) + (
             f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
         )
-        raise IntegrityError(f"{what}: sample {shown}; nothing of this unit was stored")
+        raise IntegrityError(f"{what}: sample {shown}; such rows are never stored")

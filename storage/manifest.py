@@ -114,8 +114,8 @@ def read_manifests(store: Store, fingerprint: str) -> list[ManifestRecord]:
 
 
 def manifest_keys(store: Store) -> list[str]:
-    """Return the keys of all records."""
-    return [key for key in store.list(MANIFEST_PREFIX) if key.endswith(".json")]
+    """Return the keys of all records. Hidden files, which desktops and consoles leave, are passed over."""
+    return [key for key in store.list(MANIFEST_PREFIX) if not key.rpartition("/")[2].startswith(".")]
 
 
 def read_manifest(store: Store, key: str, fingerprint: str) -> ManifestRecord:

@@ -134,7 +134,7 @@ class Store:
 
     def _retry(self, action: str, key: str, operation: Callable[[], T]) -> T:
         """Run an operation with retries; FileNotFoundError passes through, all else becomes ours."""
-        if key and action != "list":
+        if action != "list":
             self._check(key)
         attempts = Retrying(
             stop=stop_after_attempt(ATTEMPTS),
@@ -153,7 +153,8 @@ class Store:
 
 
 def _remote(scheme: str, url: str) -> RemoteBackend:
-    options: dict[str, Any] = {"use_listings_cache": False}
+    # Instances are cached by URL otherwise, and go on with the endpoint and credentials of when they were made.
+    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if scheme in {"s3", "s3a"}:
         # Retries are ours alone: three layers of them multiply, and a dead endpoint takes minutes to be noticed.
         options["config_kwargs"] = {"retries": {"max_attempts": 0}, "connect_timeout": 10, "read_timeout": 60}

@@ -6,10 +6,13 @@ from typing import Any
 from urllib.request import Request, urlopen
 from uuid import uuid4
 
+import fsspec
 import numpy as np
 import pytest
+from storage_faults import FlakyFileSystem
 
 from storage.identity import CaptureIdentity, DatasetIdentity, TeacherIdentity, TokenizerIdentity
+from storage.object_store import Store
 from storage.samples import Sample, SampleBatch, offsets_of
 from storage.targets import TargetBatch
 
@@ -93,7 +96,7 @@ def build_targets(
         tail_mass=np.asarray(tail, dtype=np.float16),
         teacher_nll=rng.random(len(samples)).astype(np.float32),
         teacher_entropy=rng.random(len(samples)).astype(np.float32),
-        hidden={layer: hidden for layer in capture.hidden},
+        hidden=dict.fromkeys(capture.hidden, hidden),
     )
 
 
@@ -137,6 +140,18 @@ def make_unit() -> Callable[..., Unit]:
 def assert_same_unit() -> Callable[[Unit, Unit], None]:
     """Give the tests `check_same_unit`."""
     return check_same_unit
+
+
+@pytest.fixture
+def flaky() -> Callable[[dict[int, str]], Store]:
+    """Return a maker of stores whose n-th request fails in the given way."""
+    fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
+
+    def make(faults: dict[int, str]) -> Store:
+        FlakyFileSystem.calls, FlakyFileSystem.faults = 0, faults
+        return Store(f"flaky://{uuid4().hex}")
+
+    return make
 
 
 @pytest.fixture(scope="session")
