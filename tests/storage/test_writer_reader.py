@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from storage_faults import FlakyFileSystem, full_disk
+from storage_faults import FaultyProxy, FlakyFileSystem, full_disk
 
 from storage.errors import IdentityError, InputError, IntegrityError, StorageError
 from storage.identity import DatasetIdentity
@@ -304,6 +304,30 @@ def test_faults_at_every_request_lose_and_change_nothing(
         assert len(dataset.manifests) == 4
         for unit in units:
             assert_same_unit(dataset.read(unit[0].ids()), unit)
+
+
+def test_faulty_s3_loses_and_changes_nothing(
+    s3_url: str,
+    s3_endpoint: str,
+    make_identity: MakeIdentity,
+    make_unit: MakeUnit,
+    assert_same_unit: SameUnit,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("storage.object_store.wait_random_exponential", lambda **_: lambda _state: 0.0)
+    identity = make_identity()
+    units = [make_unit(identity, 3, seed) for seed in range(8)]
+    with FaultyProxy(s3_endpoint, rate=0.2, seed=0) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        writer = DatasetWriter.create(s3_url, identity)
+        for n, unit in enumerate(units):
+            assert writer.commit(f"u{n}", *unit, attempt=1).committed
+        dataset = Dataset.open(s3_url)
+        for unit in units:
+            assert_same_unit(dataset.read(unit[0].ids()), unit)
+        report = verify_dataset(s3_url)
+    assert proxy.num_faults > 5
+    assert (report.problems, report.units, report.orphans) == ([], 8, [])
 
 
 COMMITTER = """
