@@ -1,0 +1,146 @@
+"""Everything the report shows, read back from a run directory and its dataset."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cluster.config import RunConfig
+from cluster.rundir import METRICS_KEY, RESOLVED_KEY, RunDir
+from cluster.sample_view import SampleView, view_sample
+from storage.range_file import RangeFile
+from storage.reader import Dataset
+from storage.tokenizer import Tokenizer
+
+RUNS = ("student", "baseline")
+STAGES = ("prepare", "teacher", "capture", "student", "baseline", "evaluate")
+
+_MIXTURE_BINS = 60
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What the HTML is drawn from; `summary` is report.json."""
+
+    summary: dict[str, Any]
+    curves: Mapping[str, list[dict[str, Any]]]
+    """Lines of metrics.jsonl by run, in order of their steps."""
+    mixture: list[dict[str, Any]]
+    """For every step `{step, planned: {source: share}, realised: {source: share}}`."""
+    columns: list[tuple[str, int]]
+    """Compressed bytes of the dataset's columns, largest first."""
+    samples: list[SampleView] = field(default_factory=list)
+    config_text: str = ""
+
+
+def collect(run: RunDir, config: RunConfig, dataset: Dataset, tokenizer: Tokenizer) -> ReportData:
+    """Read what the stages of a run left behind. What has not run yet is left out, never guessed."""
+    results = {stage: run.result(stage) or {} for stage in STAGES}
+    curves = curves_of(run.lines(METRICS_KEY))
+    mixture = mixture_of(curves.get("student", []))
+    summary = {
+        "run": {"url": run.store.shown(), "seconds": stage_seconds(run)},
+        "teacher": {key: results["teacher"].get(key) for key in ("name", "path", "fingerprint", "parameters")},
+        "student": {"path": results["student"].get("path"), "parameters": results["student"].get("parameters")},
+        "cache": _cache(dataset, results["capture"]),
+        "capture": {
+            key: results["capture"].get("last", {}).get(key)
+            for key in ("tokens_per_s", "forward_tokens_per_s", "efficiency", "seconds", "ranks")
+        },
+        "data": results["prepare"],
+        "train": _train(results["student"], mixture),
+        "eval": {name: results["evaluate"].get(name) for name in ("teacher", "student", "baseline")},
+        "cost": _cost(config, run),
+    }
+    raw = run.store.read_if_exists(RESOLVED_KEY) or b""
+    shown = sample_views(dataset, tokenizer, results["evaluate"].get("shown_ids", []))
+    return ReportData(summary, curves, mixture, column_bytes(dataset), shown, raw.decode())
+
+
+def curves_of(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Group metric lines by run and order them by step; of a step logged twice, after a resume, the last one counts."""
+    by_run: dict[str, dict[int, dict[str, Any]]] = {}
+    for line in lines:
+        if isinstance(line.get("step"), int):
+            by_run.setdefault(str(line.get("run", "student")), {})[line["step"]] = line
+    return {name: [steps[step] for step in sorted(steps)] for name, steps in by_run.items()}
+
+
+def mixture_of(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return planned and realised shares of each source, averaged over at most 60 stretches of steps."""
+    rows = [line for line in curve if line.get("planned") and line.get("realised")]
+    run = max(1, -(-len(rows) // _MIXTURE_BINS))
+    result = []
+    for start in range(0, len(rows), run):
+        part = rows[start : start + run]
+        entry: dict[str, Any] = {"step": part[-1]["step"]}
+        for kind in ("planned", "realised"):
+            names = list(part[0][kind])
+            entry[kind] = {name: float(np.mean([line[kind].get(name, 0.0) for line in part])) for name in names}
+        result.append(entry)
+    return result
+
+
+def stage_seconds(run: RunDir) -> dict[str, float]:
+    """Return how long the last real execution of each stage took, from events.jsonl."""
+    seconds: dict[str, float] = {}
+    for event in run.lines("events.jsonl"):
+        if event.get("event") == "stage_finished" and not event.get("skipped"):
+            seconds[str(event.get("stage"))] = float(event.get("seconds", 0.0))
+    return seconds
+
+
+def sample_views(dataset: Dataset, tokenizer: Tokenizer, sample_ids: list[str]) -> list[SampleView]:
+    """Return the views of the named samples (hex ids) that the dataset holds."""
+    ids = [bytes.fromhex(sample_id) for sample_id in sample_ids]
+    absent = set(dataset.missing(ids).tolist()) if ids else set()
+    kept = [sample_id for n, sample_id in enumerate(ids) if n not in absent]
+    if not kept:
+        return []
+    samples, targets = dataset.read(kept)
+    return [view_sample(samples, targets, row, tokenizer.token_text) for row in range(len(kept))]
+
+
+def column_bytes(dataset: Dataset, most_units: int = 16) -> list[tuple[str, int]]:
+    """Return the compressed bytes of each column, largest first, over the first `most_units` data files."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    totals: dict[str, int] = {}
+    for record in dataset.manifests[:most_units]:
+        source = pa.PythonFile(RangeFile(dataset.store, record.data_key, record.bytes), mode="r")
+        footer = pq.ParquetFile(source).metadata
+        for group in range(footer.num_row_groups):
+            for column in range(footer.num_columns):
+                chunk = footer.row_group(group).column(column)
+                name = chunk.path_in_schema.partition(".")[0]
+                totals[name] = totals.get(name, 0) + chunk.total_compressed_size
+    return sorted(totals.items(), key=lambda item: -item[1])
+
+
+def _cache(dataset: Dataset, capture: dict[str, Any]) -> dict[str, Any]:
+    totals = dataset.totals()
+    return {
+        "url": dataset.store.shown(),
+        "samples": totals.samples,
+        "tokens": totals.tokens,
+        "supervised": totals.supervised,
+        "bytes": totals.bytes,
+        "bytes_per_token": round(totals.bytes_per_token, 3),
+        "scored_samples": capture.get("scored_samples", 0),
+        "reused_samples": capture.get("reused_samples", 0),
+        "kind": dataset.identity.capture.kind,
+    }
+
+
+def _train(student: dict[str, Any], mixture: list[dict[str, Any]]) -> dict[str, Any]:
+    kept = {key: student.get(key) for key in ("steps", "tokens_per_s", "data_wait_fraction", "order_digest", "seconds")}
+    return {**kept, "mixture": mixture}
+
+
+def _cost(config: RunConfig, run: RunDir) -> dict[str, Any]:
+    """A local teacher costs the time that machines ran, at the price per hour of the config."""
+    hours = sum(stage_seconds(run).values()) / 3600
+    spent = round(hours * config.cluster.price_per_hour, 6)
+    return {"currency": config.budget.currency, "spent": spent, "reserved": 0.0, "cap": config.budget.cap}

@@ -1,0 +1,214 @@
+"""The report's sections: which figure shows what, with one sentence on how to read it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cluster.figures import count, duration, size
+from cluster.report.bars import bar_plot, row_plot
+from cluster.report.data import ReportData
+from cluster.report.plots import line_plot
+from cluster.report.svg import Bar, Plot, Series, percent, short, smooth
+
+Section = dict[str, Any]
+Figure = dict[str, Any]
+
+_COLOURS = {"teacher": "var(--teacher)", "student": "var(--student)", "baseline": "var(--baseline)"}
+_PALETTE = [f"var(--{name})" for name in ("one", "two", "three", "four", "six", "five")]
+_SMOOTHING_SHARE = 0.04
+_SHOWN_COLUMNS = 7
+
+
+def sections(data: ReportData) -> list[Section]:
+    """Return the sections that have something to show, in reading order."""
+    made = [_results(data), _training(data), _dataset(data), _run(data)]
+    return [section for section in made if section["figures"]]
+
+
+def _section(name: str, title: str, lead: str, figures: Sequence[Figure | None]) -> Section:
+    return {"id": name, "title": title, "lead": lead, "figures": [figure for figure in figures if figure is not None]}
+
+
+def _figure(title: str, caption: str, plot: Plot) -> Figure:
+    return {"title": title, "caption": caption, "plot": plot, "wide": False, "rows": None}
+
+
+def _table(title: str, head: list[str], rows: list[list[str]], caption: str = "", wide: bool = False) -> Figure | None:
+    return {"title": title, "caption": caption, "wide": wide, "head": head, "rows": rows} if rows else None
+
+
+def _results(data: ReportData) -> Section:
+    evaluation = {name: entry for name, entry in data.summary["eval"].items() if entry}
+    sources = list(dict.fromkeys(source for entry in evaluation.values() for source in entry["loss"]))
+    losses = [
+        (source, [Bar(name, _COLOURS[name], entry["loss"][source]) for name, entry in evaluation.items()])
+        for source in sources
+    ]
+    head = ["", *(f"loss, {source}" for source in sources), "KL to teacher", "first choice agrees", "ECE"]
+    rows = [
+        [
+            name,
+            *(_number(entry["loss"].get(source)) for source in sources),
+            _number(entry.get("kl_to_teacher")),
+            _share(entry.get("top1_agreement")),
+            _number(entry.get("ece")),
+        ]
+        for name, entry in evaluation.items()
+    ]
+    lead = (
+        "The baseline is the same student with the same data order and steps, trained on hard labels only: what lies "
+        "between the two is what the teacher's probabilities gave."
+    )
+    caption = "KL, disagreement of first choices, calibration error: smaller is better."
+    figures = [
+        _figure("Held-out loss", "Nats per token; smaller is better.", bar_plot(losses, _three, "Held-out loss")),
+        _figure("Fidelity to the teacher", caption, _fidelity(evaluation)),
+        _table("Figures", head, rows, wide=True),
+    ]
+    return _section("results", "Results on held-out text", lead, figures if evaluation else [])
+
+
+def _fidelity(evaluation: dict[str, Any]) -> Plot:
+    measures = (
+        ("KL to the teacher, nats", False, lambda e: e.get("kl_to_teacher")),
+        ("First choice differs, share", False, lambda e: _complement(e.get("top1_agreement"))),
+        ("Expected calibration error", True, lambda e: e.get("ece")),
+    )
+    groups = []
+    for title, of_teacher, measure in measures:
+        names = [name for name in evaluation if of_teacher or name != "teacher"]
+        values = [(name, measure(evaluation[name])) for name in names]
+        bars = [Bar(name, _COLOURS[name], value) for name, value in values if value is not None]
+        groups += [(title, bars)] if bars else []
+    return bar_plot(groups, _three, "Fidelity")
+
+
+def _training(data: ReportData) -> Section:
+    learning = (
+        ("loss", "Training loss", "The weighted sum that is minimised; the two runs weigh differently.", None, short),
+        ("ce", "Cross-entropy", "Hard labels of the training batches, nats per token.", None, short),
+        ("kl", "KL from the teacher", "On the training batches, nats per token.", 0.0, short),
+        ("hidden", "Hidden states", "Error of the projected hidden states.", 0.0, short),
+    )
+    running = (
+        ("tokens_per_s", "Throughput", "Supervised tokens per second, all ranks together.", 0.0, short),
+        ("data_wait_fraction", "Waiting for data", "Share of a step that ranks wait for the dataset.", 0.0, percent),
+        ("grad_norm", "Gradient norm", "Before clipping.", 0.0, short),
+    )
+    figures = [_curve(data, *plan) for plan in learning] + [_mixture(data)] + [_curve(data, *plan) for plan in running]
+    figures.append(_learning_rate(data))
+    return _section("training", "Training", "Thin lines are single steps, bold ones their running mean.", figures)
+
+
+def _curve(
+    data: ReportData, key: str, title: str, caption: str, low: float | None, shown: Callable[[float], str]
+) -> Figure | None:
+    """One figure of metrics.jsonl for all runs; none where a key was never recorded or is always zero."""
+    lines = [line for line in _lines(data, key) if any(y for _, y in line.points)]
+    return _figure(title, caption, line_plot(lines, "step", shown, low=low, label=title)) if lines else None
+
+
+def _lines(data: ReportData, key: str) -> list[Series]:
+    lines = []
+    for name, curve in data.curves.items():
+        colour = _COLOURS.get(name, "var(--one)")
+        points = [(float(line["step"]), float(line[key])) for line in curve if line.get(key) is not None]
+        window = max(1, round(len(points) * _SMOOTHING_SHARE))
+        if window > 1:
+            lines.append(Series(name, colour, points, faint=True))
+        lines.append(Series(name, colour, smooth(points, window)))
+    return lines
+
+
+def _mixture(data: ReportData) -> Figure | None:
+    lines = []
+    for n, source in enumerate(data.mixture[0]["planned"] if data.mixture else []):
+        colour = _PALETTE[n % len(_PALETTE)]
+        for kind, dashed in (("realised", False), ("planned", True)):
+            points = [(float(row["step"]), row[kind].get(source, 0.0)) for row in data.mixture]
+            lines.append(Series(f"{source}, {kind}", colour, points, dashed=dashed))
+    plot = line_plot(lines, "step", percent, low=0.0, high=1.0, label="Mixture of sources")
+    return _figure("Mixture of sources", "Share of each source in the batches.", plot) if lines else None
+
+
+def _learning_rate(data: ReportData) -> Figure | None:
+    curve = [line for line in data.curves.get("student", []) if line.get("learning_rate") is not None]
+    points = [(float(line["step"]), float(line["learning_rate"])) for line in curve]
+    plot = line_plot([Series("learning rate", "var(--student)", points)], "step", low=0.0, label="Learning rate")
+    return _figure("Learning rate", "Warm-up, then cosine.", plot) if points else None
+
+
+def _dataset(data: ReportData) -> Section:
+    cache = data.summary["cache"]
+    columns = data.columns[:_SHOWN_COLUMNS]
+    if rest := sum(value for _, value in data.columns[_SHOWN_COLUMNS:]):
+        columns = [*columns, ("all others", rest)]
+    bars = [Bar(name, "var(--one)", float(value)) for name, value in columns]
+    rows = [
+        [source, split, f"{facts['samples']:,}", f"{facts['tokens']:,}", f"{facts['supervised']:,}"]
+        for source, splits in (data.summary["data"].get("sources") or {}).items()
+        for split, facts in splits.items()
+    ]
+    facts = [
+        ["place", str(cache["url"])],
+        ["kind of targets", cache["kind"]],
+        ["samples", f"{cache['samples']:,}"],
+        ["tokens", f"{cache['tokens']:,}"],
+        ["bytes", f"{cache['bytes']:,}"],
+        ["bytes per supervised token", f"{cache['bytes_per_token']:.2f}"],
+        ["identity", str(data.summary["teacher"].get("fingerprint") or "unknown")],
+    ]
+    figures = [
+        _figure(
+            "Where the bytes go", "Compressed bytes of each Parquet column.", row_plot(bars, size, "Bytes by column")
+        )
+        if bars
+        else None,
+        _table("The soft-target dataset", [], facts),
+        _table("Samples", ["source", "split", "samples", "tokens", "supervised"], rows, wide=True),
+    ]
+    lead = "What the teacher knows about these samples, kept once for any student that uses the same tokenizer."
+    return _section("dataset", "Dataset", lead, figures)
+
+
+def _run(data: ReportData) -> Section:
+    summary = data.summary
+    seconds = summary["run"]["seconds"]
+    bars = [Bar(name, "var(--one)", value) for name, value in seconds.items()]
+    capture, cost = summary["capture"], summary["cost"]
+    rows = []
+    if capture.get("forward_tokens_per_s"):
+        rows.append(["capture, tokens/s", f"{capture['tokens_per_s']:,.0f}"])
+        rows.append(["forward pass alone, tokens/s", f"{capture['forward_tokens_per_s']:,.0f}"])
+    for rank in capture.get("ranks") or []:
+        share = rank["parameters_held"] / max(rank["parameters_total"], 1)
+        rows.append([f"teacher rank {rank['rank']}", f"{count(rank['parameters_held'])} parameters, {share:.0%}"])
+    replicated = sorted({name for rank in capture.get("ranks") or [] for name in rank.get("replicated") or []})
+    if replicated:
+        rows.append(["whole on every rank", ", ".join(replicated)])
+    if summary["train"].get("order_digest"):
+        rows.append(["digest of the sample order", str(summary["train"]["order_digest"])])
+    cap = f" of at most {cost['cap']:,.2f}" if cost["cap"] else ""
+    rows.append(["cost", f"{cost['spent']:,.2f} {cost['currency']}{cap}"])
+    figures = [
+        _figure("Time by stage", "The last time each stage really ran.", row_plot(bars, duration, "Time by stage"))
+        if bars
+        else None,
+        _table("Facts", [], rows),
+    ]
+    return _section("run", "The run", "Where the time went, and how the teacher was split over its ranks.", figures)
+
+
+def _three(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else short(value)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def _complement(value: float | None) -> float | None:
+    return None if value is None else 1.0 - value
