@@ -32,12 +32,12 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(model_type: str, seed: int = 0, width: int = 32) -> nn.Module:
+def tiny_model(model_type: str, seed: int = 0, width: int = 32, vocab_size: int = PADDED_SIZE) -> nn.Module:
     """Return a random causal language model of two layers whose vocabulary is padded."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         model_type,
-        vocab_size=PADDED_SIZE,
+        vocab_size=vocab_size,
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=2,

@@ -58,14 +58,15 @@ class UnitReceipt:
 class Rank:
     """One rank of a replica; methods run one at a time. Made a Ray actor by `workers.fleet`."""
 
-    def address(self) -> tuple[str, str, int]:
-        """Return this node's id and address, and a port that is free on it now."""
+    def address(self) -> tuple[str, str, int, int]:
+        """Return this node's id, its address, a port that is free on it now, and its number of CPUs."""
         import ray
 
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = int(probe.getsockname()[1])
-        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), port
+        node = ray.get_runtime_context().get_node_id()
+        return node, ray.util.get_node_ip_address(), port, len(os.sched_getaffinity(0))
 
     def load(self, job: CaptureJob, place: RankPlace) -> Any:
         """Load and shard the model; returns a `sharding.ShardReport`.
@@ -78,8 +79,10 @@ class Rank:
 
         torch.set_num_threads(place.threads)
         from workers.local.hooks import check_layers
+        from workers.local.memory import keep_freed_memory
         from workers.local.sharding import load_model, shard_model
 
+        keep_freed_memory()
         self.job, self.place = job, place
         self.device = torch.device(place.device)
         if place.num_ranks > 1:

@@ -1,0 +1,159 @@
+"""Whole captures through real Ray and real DeepSpeed."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from storage.config import CacheConfig
+from storage.errors import InputError
+from storage.identity import DatasetIdentity
+from storage.reader import Dataset
+from storage.targets import TargetBatch
+from storage.verify import verify_dataset
+from tests.workers.conftest import TinyRun
+from workers.config import TeacherConfig
+from workers.coordinator import CaptureResult, capture
+from workers.model_folder import teacher_identity
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+
+
+def run_capture(
+    run: TinyRun, folder: Path, teacher: TeacherConfig, cache: CacheConfig, on_event: Any = None
+) -> tuple[CaptureResult, DatasetIdentity]:
+    identity = teacher_identity(folder, teacher, cache, run.tokenizer, uses_chat_template=False)
+    rows = run.samples.rows()
+    return capture(teacher, cache, folder, run.samples, rows, identity, "cpu", on_event), identity
+
+
+def stored(run: TinyRun, cache: CacheConfig, identity: DatasetIdentity) -> TargetBatch:
+    dataset = Dataset.open(cache.url, identity)
+    assert len(dataset.catalog) == run.samples.num_samples
+    assert sum(record.rows for record in dataset.manifests) == run.samples.num_samples
+    return dataset.read(run.samples.ids(run.samples.rows()))[1]
+
+
+def reference_logprobs(run: TinyRun, folder: Path) -> np.ndarray:
+    """Return float64 log-probabilities [P, V] of an unsharded float32 model, one document at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    samples, rows = run.samples.read(run.samples.rows()), []
+    for n in range(len(samples)):
+        sample = samples.sample(n)
+        for document in np.unique(sample.document):
+            inside = sample.document == document
+            tokens = torch.from_numpy(sample.tokens[inside].astype(np.int64))
+            with torch.no_grad():
+                logits = model(input_ids=tokens[None]).logits[0, :-1, : run.tokenizer.vocab_size]
+            keep = torch.from_numpy(sample.supervised[inside][1:].copy())
+            rows.append(torch.log_softmax(logits.double(), -1)[keep])
+    return torch.cat(rows).numpy()
+
+
+def assert_targets_are_right(targets: TargetBatch, expected: np.ndarray) -> None:
+    position = np.repeat(np.arange(targets.num_positions), targets.count)
+    wanted = expected[position, targets.id]
+    error = np.abs(targets.logprob.astype(np.float64) - wanted)
+    assert (error <= np.abs(wanted) * 2**-10 + 1e-3).all()
+    tail = 1 - np.bincount(position, weights=np.exp(wanted))
+    np.testing.assert_allclose(targets.tail_mass.astype(np.float64), tail, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "model_type,sharding,ranks",
+    [
+        ("deepseek_v3", "none", 1),
+        ("deepseek_v3", "zero3", 2),
+        ("qwen2", "zero3", 2),
+        ("qwen2", "tensor_parallel", 2),
+        ("llama", "tensor_parallel", 2),
+    ],
+)
+def test_float32_targets_match_plain_transformers(
+    tiny_run: TinyRun, model_type: str, sharding: str, ranks: int
+) -> None:
+    folder = tiny_run.model(model_type, 256)
+    teacher = TeacherConfig(name=str(folder), dtype="float32", sharding=sharding, ranks=ranks, batch_tokens=512)
+    cache = tiny_run.cache(f"{model_type}-{sharding}-{ranks}", hidden=["final"])
+    result, identity = run_capture(tiny_run, folder, teacher, cache)
+    assert result.scored_samples == tiny_run.samples.num_samples >= 64
+    assert not result.failed_units
+    assert_targets_are_right(stored(tiny_run, cache, identity), reference_logprobs(tiny_run, folder))
+    if ranks > 1:
+        for rank in result.ranks:
+            share = rank["parameters_held"] / rank["parameters_total"]
+            assert 0.45 < share < (0.55 if sharding == "zero3" else 0.65)
+            assert rank["replicated"]
+    again, _ = run_capture(tiny_run, folder, teacher, cache)
+    assert (again.scored_samples, again.reused_samples) == (0, tiny_run.samples.num_samples)
+
+
+def test_bfloat16_targets_stay_close(tiny_run: TinyRun) -> None:
+    folder = tiny_run.model("qwen2", 256)
+    teacher = TeacherConfig(name=str(folder), dtype="bfloat16", sharding="none", ranks=1)
+    cache = tiny_run.cache("bfloat16", kind="topk", top_k=8)
+    _, identity = run_capture(tiny_run, folder, teacher, cache)
+    targets, expected = stored(tiny_run, cache, identity), reference_logprobs(tiny_run, folder)
+    position = np.repeat(np.arange(targets.num_positions), targets.count)
+    difference = np.abs(targets.logprob.astype(np.float64) - expected[position, targets.id])
+    assert np.median(difference) <= 0.01
+
+
+def test_a_killed_rank_costs_no_row(tiny_run: TinyRun) -> None:
+    folder = tiny_run.model("qwen2", 64)
+    teacher = TeacherConfig(name=str(folder), dtype="float32", sharding="zero3", ranks=2)
+    cache = tiny_run.cache("killed", unit_tokens=300)
+    events: list[dict[str, Any]] = []
+
+    def kill_one_rank(event: dict[str, Any]) -> None:
+        events.append(event)
+        done = sum(e["event"] == "unit_done" for e in events)
+        if event["event"] == "unit_done" and done in (2, 5):
+            os.kill(rank_processes()[-1], signal.SIGKILL)
+
+    result, identity = run_capture(tiny_run, folder, teacher, cache, kill_one_rank)
+    assert sum(e["event"] == "replica_lost" for e in events) >= 2
+    assert not result.failed_units
+    stored(tiny_run, cache, identity)
+    assert verify_dataset(cache.url).ok
+
+
+def test_unknown_layer_is_one_clear_error(tiny_run: TinyRun) -> None:
+    folder = tiny_run.model("qwen2", 64)
+    teacher = TeacherConfig(name=str(folder), dtype="float32", sharding="none")
+    with pytest.raises(InputError, match=r"no layer 'model\.layers\.99'"):
+        run_capture(tiny_run, folder, teacher, tiny_run.cache("layer", hidden=["model.layers.99"]))
+
+
+def test_a_teacher_of_nan_sets_its_units_aside(tiny_run: TinyRun) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_run.model("qwen2", 64))
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5] = float("nan")
+    folder = tiny_run.folder / "nan-teacher"
+    model.save_pretrained(folder)
+    teacher = TeacherConfig(name=str(folder), dtype="float32", sharding="none")
+    cache = tiny_run.cache("nan", unit_tokens=100_000)
+    result, identity = run_capture(tiny_run, folder, teacher, cache)
+    assert result.scored_samples == 0
+    assert "NaN or infinite" in result.failed_units[0]["error"]
+    assert len(Dataset.open(cache.url, identity).catalog) == 0
+
+
+def rank_processes() -> list[int]:
+    """Return the process ids of this Ray's rank actors."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes()
+                parents = (entry / "stat").read_text()
+            except OSError:
+                continue
+            if command.startswith(b"ray::Rank") and parents:
+                found.append(int(entry.name))
+    return sorted(found)
