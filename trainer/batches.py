@@ -1,0 +1,147 @@
+"""From samples and targets in memory to the padded tensors of one forward pass."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from storage.errors import IntegrityError
+from storage.samples import BoolArray, Int64Array, SampleBatch
+from storage.targets import TargetBatch
+from trainer.losses import SparseTargets
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """N samples padded to L tokens, with the targets of their P supervised positions."""
+
+    ids: list[bytes]  # [N]
+    sources: list[str]  # [N]
+    input_ids: Tensor  # int64 [N, L]; padding is token 0
+    position_ids: Tensor | None  # int64 [N, L], restarting at each document; none where no window is packed
+    attention: Tensor | None  # bool [N, 1, L, L], true where attended; none where plain causal attention is right
+    predictor: Tensor  # int64 [P], flat index n·L + i of the state that predicts a supervised token
+    targets: SparseTargets
+    hidden: Mapping[str, Tensor]  # dataset layer → float [P, width]
+
+    @property
+    def num_supervised(self) -> int:
+        """Supervised positions, P."""
+        return len(self.predictor)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return the same batch on a device."""
+        return Batch(
+            self.ids,
+            self.sources,
+            self.input_ids.to(device, non_blocking=True),
+            None if self.position_ids is None else self.position_ids.to(device, non_blocking=True),
+            None if self.attention is None else self.attention.to(device, non_blocking=True),
+            self.predictor.to(device, non_blocking=True),
+            self.targets.to(device),
+            {layer: states.to(device, non_blocking=True) for layer, states in self.hidden.items()},
+        )
+
+
+def make_batch(samples: SampleBatch, targets: TargetBatch, kind: str, layers: tuple[str, ...] = ()) -> Batch:
+    """Pad a batch of samples and lay out its targets.
+
+    Args:
+        samples: N samples.
+        targets: their targets, in the same order.
+        kind: kind of the targets: `topk`, `hybrid` or `dense`.
+        layers: dataset layers whose hidden states are wanted.
+
+    Raises:
+        IntegrityError: the targets do not belong to the samples.
+    """
+    if not np.array_equal(samples.num_supervised(), np.diff(targets.offsets)):
+        raise IntegrityError(
+            "the targets of a batch do not match its supervised positions; verify the dataset with `lectern verify`"
+        )
+    lengths = samples.lengths()
+    width = int(lengths.max())
+    rows = np.repeat(np.arange(len(samples)), lengths)
+    columns = np.arange(samples.num_tokens) - np.repeat(samples.offsets[:-1], lengths)
+    flat = rows * width + columns
+    input_ids = _padded(samples.tokens, flat, len(samples), width)
+    supervised = np.flatnonzero(samples.supervised)
+    packed = bool((samples.document != np.repeat(samples.document[samples.offsets[:-1]], lengths)).any())
+    position_ids, attention = _packed_attention(samples, flat, width) if packed else (None, None)
+    return Batch(
+        ids=samples.ids(),
+        sources=samples.source,
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=position_ids,
+        attention=attention,
+        predictor=torch.from_numpy(flat[supervised] - 1),
+        targets=sparse_targets(targets, samples.tokens[supervised].astype(np.int64), kind),
+        hidden={layer: hidden_tensor(targets.hidden[layer]) for layer in layers},
+    )
+
+
+def sparse_targets(targets: TargetBatch, label: Int64Array, kind: str) -> SparseTargets:
+    """Return the targets as tensors, with the estimate t̂ that the kind calls for.
+
+    `topk` and `dense` entries are exact. Among `hybrid` entries those that were drawn share the mass outside the
+    exact head in proportion to their draws: t̂ = M · draws / n with M = tail + Σ of the drawn entries' own mass.
+    """
+    logprob = targets.logprob.astype(np.float32)
+    estimate = np.exp(logprob)
+    tail = targets.tail_mass.astype(np.float32)
+    if kind == "hybrid" and targets.draws is not None:
+        row = np.repeat(np.arange(targets.num_positions), targets.count)
+        draws = targets.draws.astype(np.float32)
+        drawn = targets.draws > 0
+        size = targets.num_positions
+        mass = tail + np.bincount(row, weights=np.where(drawn, estimate, 0.0), minlength=size).astype(np.float32)
+        total = np.bincount(row, weights=draws, minlength=size).astype(np.float32)
+        share = mass / np.maximum(total, 1.0)
+        estimate = np.where(drawn, share[row] * draws, estimate)
+    return SparseTargets(
+        kind=kind,
+        label=torch.from_numpy(label),
+        entry_offsets=torch.from_numpy(targets.entry_offsets),
+        id=torch.from_numpy(targets.id.astype(np.int64)),
+        estimate=torch.from_numpy(estimate.astype(np.float32)),
+        logprob=torch.from_numpy(logprob),
+        tail_mass=torch.from_numpy(tail),
+    )
+
+
+def take_microbatches(num_samples: int, micro_batch_size: int) -> list[range]:
+    """Return the rows of each micro-batch of a rank's part of a step."""
+    return [
+        range(first, min(first + micro_batch_size, num_samples)) for first in range(0, num_samples, micro_batch_size)
+    ]
+
+
+def _packed_attention(samples: SampleBatch, flat: Int64Array, width: int) -> tuple[Tensor, Tensor]:
+    """Return positions that restart at each document, and attention that stays inside it."""
+    document = _padded(samples.document, flat, len(samples), width, fill=-1)
+    starts = np.ones(document.shape, dtype=bool)
+    starts[:, 1:] = document[:, 1:] != document[:, :-1]
+    column = np.arange(width)
+    first = np.maximum.accumulate(np.where(starts, column, 0), axis=1)
+    same: BoolArray = document[:, None, :, None] == document[:, None, None, :]
+    causal = column[:, None] >= column[None, :]
+    return torch.from_numpy(column - first), torch.from_numpy(same & causal)
+
+
+def _padded(
+    values: NDArray[np.generic], flat: Int64Array, num_rows: int, width: int, fill: int = 0
+) -> NDArray[np.int64]:
+    out = np.full(num_rows * width, fill, dtype=np.int64)
+    out[flat] = values
+    return out.reshape(num_rows, width)
+
+
+def hidden_tensor(states: NDArray[np.generic]) -> Tensor:
+    """Return stored states as a tensor; 16-bit integers are bfloat16 bit patterns."""
+    array = np.ascontiguousarray(states)
+    if array.dtype == np.uint16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

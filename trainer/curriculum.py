@@ -1,0 +1,56 @@
+"""The mixing curriculum: which share of every step each source is planned to have."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.errors import InputError
+from trainer.config import CurriculumConfig
+
+Float64Array = NDArray[np.float64]
+
+
+def planned_shares(curriculum: CurriculumConfig, num_samples: Mapping[str, int], steps: int) -> Float64Array:
+    """Return the share of each source at each step, [steps, sources]; rows sum to 1.
+
+    `num_samples` gives the training samples of each source and fixes the order of the columns. Shares move from
+    `start` at the fraction `begin` of the steps to `end` at the fraction `finish`; without `start` they follow the
+    number of samples.
+
+    Raises:
+        InputError: the curriculum names a source that is not there, or one without training samples.
+    """
+    names = list(num_samples)
+    start = _row(curriculum.start or dict(num_samples), names, "start")
+    end = _row(curriculum.end, names, "end") if curriculum.end else start
+    shares = start + _ramp(curriculum, steps)[:, None] * (end - start)
+    for column, name in enumerate(names):
+        if num_samples[name] == 0 and shares[:, column].any():
+            raise InputError(
+                f"the curriculum gives {name!r} a share, but it has no training samples; "
+                "add text to that source or take it out of curriculum.start and curriculum.end"
+            )
+    return shares
+
+
+def _row(shares: Mapping[str, float], names: list[str], field: str) -> Float64Array:
+    unknown = sorted(set(shares) - set(names))
+    if unknown:
+        raise InputError(f"curriculum.{field} names {unknown[0]!r}; the sources are {', '.join(names)}")
+    row = np.array([shares.get(name, 0.0) for name in names], dtype=np.float64)
+    if row.sum() <= 0:
+        raise InputError(f"no source has training samples ({', '.join(names)}); lower data.heldout_fraction")
+    return np.asarray(row / row.sum())
+
+
+def _ramp(curriculum: CurriculumConfig, steps: int) -> Float64Array:
+    """Return how far each step is along the ramp, 0 to 1, [steps]."""
+    at = np.arange(steps, dtype=np.float64) / max(steps - 1, 1)
+    width = curriculum.finish - curriculum.begin
+    along = np.clip((at - curriculum.begin) / width, 0.0, 1.0) if width > 0 else (at >= curriculum.begin) * 1.0
+    if curriculum.shape == "cosine":
+        return np.asarray((1.0 - np.cos(np.pi * along)) / 2.0)
+    if curriculum.shape == "step":
+        return np.asarray((along >= 0.5) * 1.0)
+    return np.asarray(along)

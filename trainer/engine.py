@@ -1,0 +1,105 @@
+"""DeepSpeed: its configuration, the optimizer, and the engine around a student."""
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from trainer.config import TrainConfig
+
+Device = Literal["cpu", "gpu"]
+
+_PRECISION = {"bfloat16": {"bf16": {"enabled": True}}, "float16": {"fp16": {"enabled": True}}, "float32": {}}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: Device
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device that this rank's tensors live on."""
+        return torch.device("cpu") if self.device == "cpu" else torch.device("cuda", torch.cuda.current_device())
+
+
+def prepare_process(place: Place) -> None:
+    """Set what DeepSpeed reads from the environment, before it is imported, and share the cores between ranks."""
+    os.environ["DS_ACCELERATOR"] = "cpu" if place.device == "cpu" else "cuda"
+    os.environ["LOCAL_SIZE"] = str(place.local_world_size)
+    os.environ["LOCAL_RANK"] = str(place.local_rank)
+    os.environ["RANK"] = str(place.rank)
+    os.environ["WORLD_SIZE"] = str(place.world_size)
+    if place.device == "cpu":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
+
+
+def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of a run.
+
+    Master weights, moments and sums of gradients are float32 whatever the precision of the forward pass: small
+    updates are lost when they are added to bfloat16 weights.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(train),
+        "gradient_clipping": train.clip_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": train.zero_stage, "overlap_comm": False, "contiguous_gradients": True},
+        "communication_data_type": "fp32",
+        "steps_per_print": 1 << 60,
+        **_PRECISION[train.dtype],
+        # Stage 0 has no float32 sums of half-precision gradients; its master weights are float32 all the same.
+        **({} if train.zero_stage == 0 else {"data_types": {"grad_accum_dtype": "fp32"}}),
+    }
+
+
+def accumulation_steps(train: TrainConfig) -> int:
+    """Return the micro-batches of one rank in one step."""
+    return train.global_batch_size // (train.workers * train.micro_batch_size)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return optimizer groups: matrices decay, vectors (norms, biases) do not."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def start_engine(module: nn.Module, train: TrainConfig, place: Place) -> Any:
+    """Wrap a module into a DeepSpeed engine. Collective: every rank calls it with the same weights."""
+    import deepspeed
+
+    quiet_deepspeed()
+    backend = "gloo" if place.device == "cpu" else "nccl"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(module, train.weight_decay), lr=train.learning_rate, betas=train.adam_betas, eps=1e-8
+    )
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(train))
+    return engine
+
+
+def quiet_deepspeed() -> None:
+    """Keep DeepSpeed's progress lines out of the logs; its warnings stay."""
+    import logging
+
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+
+
+def set_learning_rate(engine: Any, value: float) -> None:
+    """Set the learning rate of the next optimizer step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = value

@@ -1,0 +1,98 @@
+"""What every sparse distillation loss keeps to, and the sparse targets on a device."""
+
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from storage.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class SparseTargets:
+    """Targets of P positions with E entries, as tensors; position p owns `entry_offsets[p]:entry_offsets[p+1]`."""
+
+    kind: str  # topk, hybrid or dense
+    label: Tensor  # int64 [P], the token that stands in the text
+    entry_offsets: Tensor  # int64 [P + 1]
+    id: Tensor  # int64 [E]
+    estimate: Tensor  # float32 [E], t̂: estimated teacher probability of each entry
+    logprob: Tensor  # float32 [E], teacher log-probability of each entry
+    tail_mass: Tensor  # float32 [P], teacher probability outside the entries
+
+    @property
+    def num_positions(self) -> int:
+        """Supervised positions, P."""
+        return len(self.label)
+
+    def to(self, device: torch.device | str) -> "SparseTargets":
+        """Return the same targets on a device."""
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "kind"}
+        return SparseTargets(kind=self.kind, **moved)
+
+    def positions(self, first: int, last: int) -> "SparseTargets":
+        """Return the targets of positions `first` to `last`."""
+        begin, end = int(self.entry_offsets[first]), int(self.entry_offsets[last])
+        return SparseTargets(
+            kind=self.kind,
+            label=self.label[first:last],
+            entry_offsets=self.entry_offsets[first : last + 1] - begin,
+            id=self.id[begin:end],
+            estimate=self.estimate[begin:end],
+            logprob=self.logprob[begin:end],
+            tail_mass=self.tail_mass[first:last],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class EntryView:
+    """A chunk of C positions with the student's log-probabilities at its entries."""
+
+    targets: SparseTargets
+    row: Tensor  # int64 [E], which position of the chunk an entry belongs to
+    student_logprob: Tensor  # float32 [E]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum values over the entries of each position, [E] → [C]."""
+        out = torch.zeros(self.targets.num_positions, dtype=values.dtype, device=values.device)
+        return out.index_add_(0, self.row, values)
+
+
+@dataclass(frozen=True, eq=False)
+class LossParts:
+    """A loss over a chunk and its closed-form gradient on the logits.
+
+    The gradient on logit j of a position is `outside · p_j` where j is no entry, and `at_entries` where it is:
+    every loss that sees the vocabulary as the entries plus one bucket has this shape.
+    """
+
+    value: Tensor  # float32 [C]
+    outside: Tensor  # float32 [C]
+    at_entries: Tensor  # float32 [E]
+
+
+class SparseLoss(Protocol):
+    """A divergence between the stored targets and the student."""
+
+    name: str
+    accepts: frozenset[str]
+    """Kinds of targets that it may be used on."""
+    unbiased_on: frozenset[str]
+    """Kinds on which its gradient is that of the full teacher distribution, in expectation."""
+
+    def evaluate(self, view: EntryView) -> LossParts:
+        """Return value and gradient of a chunk."""
+        ...
+
+
+def require_kind(loss: SparseLoss, kind: str, others: list[SparseLoss]) -> None:
+    """Raise InputError when `loss` cannot be used on targets of `kind`, naming what fits."""
+    if kind in loss.accepts:
+        return
+    fitting = [other.name for other in others if kind in other.accepts]
+    hint = f"a loss that accepts {kind} is {fitting[0]}" if fitting else "use cross-entropy alone (train.loss.kl: 0)"
+    raise InputError(
+        f"the loss {loss.name} accepts targets of kind {', '.join(sorted(loss.accepts))}, but the dataset holds "
+        f"{kind}; {hint}, or capture again with cache.kind: {sorted(loss.accepts)[0]}"
+    )

@@ -1,0 +1,93 @@
+"""The loop on Ray Train: placement, checkpoint storage, restarts, and errors told in our own words."""
+
+import contextlib
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from storage.errors import LecternError, WorkerError
+from trainer.engine import Place
+from trainer.loop import LoopSpec, rebuild_error, run_rank
+
+
+def fit(spec: LoopSpec) -> dict[str, Any]:
+    """Run the loop on all ranks and return what rank 0 returned."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    gpu = spec.device == "gpu"
+    trainer = TorchTrainer(
+        ray_train_loop,
+        train_loop_config={"spec": spec},
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=spec.train.workers, use_gpu=gpu, resources_per_worker={"CPU": 1, **({"GPU": 1} if gpu else {})}
+        ),
+        run_config=RunConfig(
+            name=spec.name,
+            storage_path=f"{spec.run_dir}/checkpoints",
+            checkpoint_config=CheckpointConfig(num_to_keep=spec.train.keep_checkpoints),
+            failure_config=FailureConfig(max_failures=spec.train.max_failures),
+        ),
+    )
+    try:
+        figures = trainer.fit().return_value
+    except TrainingFailedError as error:
+        raise _explained(error, spec) from error
+    if figures is None:
+        raise WorkerError(f"training {spec.name} ended without a result; see Ray's logs")
+    if "error" in figures:
+        raise rebuild_error(*figures["error"])
+    return dict(figures)
+
+
+def ray_train_loop(config: dict[str, Any]) -> dict[str, Any]:
+    """Run one rank inside a Ray Train worker; the adapter between Ray Train and `run_rank`."""
+    import ray.train
+
+    spec: LoopSpec = config["spec"]
+    context = ray.train.get_context()
+    place = Place(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        local_rank=context.get_local_rank(),
+        local_world_size=context.get_local_world_size(),
+        device=spec.device,
+    )
+
+    def report(folder: Path, step: int) -> None:
+        ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(str(folder)))
+
+    def restore() -> AbstractContextManager[Any]:
+        # After a failure within this fit Ray Train knows a newer checkpoint than the driver did.
+        newer = ray.train.get_checkpoint()
+        if newer is None and spec.resume is None:
+            return contextlib.nullcontext()
+        url = f"{spec.run_dir}/checkpoints/{spec.name}/{spec.resume}"
+        opened: AbstractContextManager[Any] = (newer or ray.train.Checkpoint(url)).as_directory()
+        return opened
+
+    return run_rank(spec, place, report, restore)
+
+
+def _explained(error: Exception, spec: LoopSpec) -> LecternError:
+    """Return the error of ours that ended a training, or a WorkerError that tells what did."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in failures.values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, LecternError):
+                return cause
+            cause = cause.__cause__ or cause.__context__
+    first = next(iter(failures.items()), None)
+    what = f"rank {first[0]}: {_last_line(first[1])}" if first else _last_line(error)
+    return WorkerError(
+        f"training {spec.name} failed {spec.train.max_failures + 1} times, at last with {what}. The newest checkpoint "
+        f"is kept in {spec.run_dir}/checkpoints/{spec.name}; the same command goes on from there"
+    )
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,112 @@
+"""What a run depends on, and what a finished one did."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any, Self
+
+from storage.identity import DatasetIdentity
+from storage.object_store import Store
+from trainer.config import CurriculumConfig, StudentConfig, TrainConfig
+from trainer.sampler import PlannedOrder
+
+RESULT_FILE = "train_result.json"
+"""Written last into the exported folder: a run that has it is done."""
+
+MIXTURE_POINTS = 200
+"""Most points of `TrainResult.mixture`."""
+
+OPERATIONAL = frozenset({"checkpoint_every", "keep_checkpoints", "max_failures", "log_every"})
+"""Fields of `train` that may change between a run and its continuation."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run did."""
+
+    name: str
+    path: str
+    """Folder of the exported student."""
+    parameters: int
+    steps: int
+    tokens: int
+    """Tokens consumed, padding not counted."""
+    seconds: float
+    """Time spent in steps, waiting for data included, start-up and checkpoints not."""
+    tokens_per_s: float
+    data_wait_fraction: float
+    losses: dict[str, float]
+    """Of the last step: loss, ce, kl, hidden (nats per supervised token) and grad_norm."""
+    order_digest: str
+    """Hex running digest of all sample ids in the order in which they were consumed."""
+    mixture: list[dict[str, Any]]
+    """`{step, planned, realised}`: shares of the sources, averaged over the steps since the point before."""
+    resumed_from: int
+    """Step that the last start continued from, 0 for none."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Read what `to_json` returned."""
+        return cls(**values)
+
+
+def run_facts(
+    student: StudentConfig,
+    train: TrainConfig,
+    curriculum: CurriculumConfig,
+    identity: DatasetIdentity,
+    samples_key: str,
+) -> dict[str, Any]:
+    """Return, as flat `section.field` values, everything that the trained weights depend on."""
+    sections = {
+        "student": student.model_dump(mode="json"),
+        "curriculum": curriculum.model_dump(mode="json"),
+        "train": {k: v for k, v in train.model_dump(mode="json").items() if k not in OPERATIONAL},
+        "dataset": {"fingerprint": identity.fingerprint},
+        "samples": {"key": samples_key},
+    }
+    return dict(_flatten(sections, ""))
+
+
+def recorded_result(run_dir: str, name: str, facts: dict[str, Any]) -> TrainResult | None:
+    """Return the result of a finished run, or none; InputError when it was made with another config."""
+    store = Store(run_dir)
+    raw = store.read_if_exists(f"{name}/{RESULT_FILE}")
+    if raw is None:
+        return None
+    record = json.loads(raw)
+    checkpoint.require_same_config(facts, record["config"], store.shown(name))
+    return TrainResult.from_json(record["result"])
+
+
+def _flatten(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def mixture(order: PlannedOrder, points: int = MIXTURE_POINTS) -> list[dict[str, Any]]:
+    """Return planned and realised shares over the steps, each averaged over the steps since the point before.
+
+    The realised ones are those of the planned order: a run ends only when its digest shows that it consumed it.
+    """
+    edges = sorted({round(len(order) * n / points) for n in range(points + 1)})
+    rows = []
+    for first, last in pairwise(edges):
+        planned = order.shares[first:last].mean(axis=0)
+        realised = order.counts[first:last].mean(axis=0) / order.batch_size
+        rows.append(
+            {
+                "step": last,
+                "planned": dict(zip(order.sources, planned.tolist(), strict=True)),
+                "realised": dict(zip(order.sources, realised.tolist(), strict=True)),
+            }
+        )
+    return rows

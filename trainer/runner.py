@@ -1,0 +1,191 @@
+"""Train a student on Ray Train with DeepSpeed; called by the driver, with Ray initialised."""
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from storage.errors import InputError
+from storage.identity import DatasetIdentity
+from storage.object_store import Store
+from storage.reader import Dataset
+from storage.sample_set import SampleSet
+from trainer import checkpoint
+from trainer.config import CurriculumConfig, LossConfig, StudentConfig, TrainConfig
+from trainer.engine import Device
+from trainer.export import copy_tokenizer
+from trainer.loop import LoopSpec, planned_order
+from trainer.losses import SPARSE_LOSSES, ForwardKL, require_kind
+from trainer.metrics import Follower
+from trainer.ray_fit import fit
+from trainer.result import RESULT_FILE, TrainResult, mixture, recorded_result, run_facts
+from trainer.sampler import PlannedOrder
+from trainer.student import build_student, examine, resolve_student
+
+_POLL_S = 0.5
+
+Event = Callable[[dict[str, Any]], None]
+
+
+def baseline_of(train: TrainConfig) -> TrainConfig:
+    """Return the same training with hard labels only."""
+    return train.model_copy(update={"loss": LossConfig(kl=0.0, ce=1.0)})
+
+
+def train_student(
+    student: StudentConfig,
+    train: TrainConfig,
+    curriculum: CurriculumConfig,
+    dataset_url: str,
+    identity: DatasetIdentity,
+    samples_url: str,
+    run_dir: str,
+    name: str,
+    device: Device,
+    on_event: Event,
+    tokenizer_folder: str | Path,
+    verify_hashes: bool = True,
+) -> TrainResult:
+    """Train a student to the end and export it below `<run_dir>/<name>`.
+
+    Called again after any interruption with the same arguments it resumes from the newest whole checkpoint and
+    ends with the same sample order; called after it is done it returns the recorded result. `on_event` is called in
+    this process with `{"event": "train_start" | "train_step" | "train_done", "run": name, …}`.
+
+    Args:
+        student: where the student comes from.
+        train: the loop; `train.loss` decides between student and baseline (see `baseline_of`).
+        curriculum: mixture of the sources over the steps.
+        dataset_url: captured targets of all training samples.
+        identity: what the dataset must have been captured from.
+        samples_url: the prepared samples.
+        run_dir: any fsspec URL; checkpoints, metrics and the exported model lie below it.
+        name: `student`, `baseline`, …: folder of the export and `run` in metrics.jsonl.
+        device: what the ranks run on.
+        on_event: progress.
+        tokenizer_folder: local folder whose tokenizer files are put beside the exported model.
+        verify_hashes: whether data files are checked when they are read.
+
+    Raises:
+        InputError: something does not fit together; nothing was trained.
+        WorkerError: training broke down `train.max_failures` + 1 times, or its loss is not a number.
+    """
+    run_dir = Store(run_dir).url
+    samples = SampleSet.open(samples_url)
+    facts = run_facts(student, train, curriculum, identity, samples.key)
+    done = recorded_result(run_dir, name, facts)
+    if done is not None:
+        return done
+    folder = resolve_student(student, identity)
+    order = planned_order(samples, curriculum, train)
+    _check_dataset(dataset_url, identity, order, train.loss)
+    _check_layers(student, folder, identity, train)
+    store = Store(run_dir).child(f"checkpoints/{name}")
+    resume, at = _resume_point(store, facts)
+    spec = LoopSpec(
+        name=name,
+        student=student,
+        student_folder=folder,
+        train=train,
+        curriculum=curriculum,
+        dataset_url=Store(dataset_url).url,
+        identity=identity,
+        samples_url=Store(samples_url).url,
+        run_dir=run_dir,
+        device=device,
+        verify_hashes=verify_hashes,
+        facts=facts,
+        resume=resume,
+    )
+    on_event({"event": "train_start", "run": name, "step": at, "steps": train.steps})
+    with _followed(run_dir, name, train.steps, on_event):
+        figures = fit(spec)
+    copy_tokenizer(Path(tokenizer_folder), run_dir, name)
+    result = _result(figures, spec, order, resumed_from=max(at, figures["resumed_from"]))
+    record = {"config": facts, "result": result.to_json()}
+    Store(run_dir).write(f"{name}/{RESULT_FILE}", json.dumps(record, indent=1).encode() + b"\n")
+    on_event({"event": "train_done", "run": name, "step": train.steps, "steps": train.steps, "path": result.path})
+    return result
+
+
+def _check_dataset(url: str, identity: DatasetIdentity, order: PlannedOrder, loss: LossConfig) -> None:
+    if loss.kl > 0:
+        require_kind(ForwardKL(), identity.capture.kind, SPARSE_LOSSES)
+    dataset = Dataset.open(url, identity)
+    missing = len(dataset.missing(order.used_ids()))
+    if missing:
+        raise InputError(
+            f"{missing} of the samples that the curriculum uses are not in {dataset.store.shown()}; run the capture, "
+            "which scores what is missing"
+        )
+
+
+def _check_layers(student: StudentConfig, folder: str | None, identity: DatasetIdentity, train: TrainConfig) -> None:
+    if train.loss.hidden <= 0:
+        return
+    held = identity.capture.hidden
+    for layer in train.loss.hidden_map:
+        if layer not in held:
+            raise InputError(
+                f"the dataset holds no hidden states of layer {layer!r}; it holds {', '.join(held) or 'none'}. Name "
+                "one of these in train.loss.hidden_map, or add the layer to cache.hidden and capture again"
+            )
+    examine(build_student(student, folder, identity), list(train.loss.hidden_map.values()), train.zero_stage)
+
+
+def _resume_point(store: Store, facts: dict[str, Any]) -> tuple[str | None, int]:
+    """Return name and step of the checkpoint to resume from, and delete all others.
+
+    Ray Train's own list of checkpoints is set aside: it is not replaced atomically, and lags behind what is whole.
+    """
+    found = checkpoint.newest(store)
+    if found is not None:
+        checkpoint.require_same_config(facts, found[1].config, store.shown(found[0]))
+    checkpoint.keep_only(store, found[0] if found else None)
+    return (found[0], found[1].step) if found else (None, 0)
+
+
+def _result(figures: dict[str, Any], spec: LoopSpec, order: PlannedOrder, resumed_from: int) -> TrainResult:
+    seconds = figures["seconds"]
+    return TrainResult(
+        name=spec.name,
+        path=f"{spec.run_dir}/{spec.name}",
+        parameters=figures["parameters"],
+        steps=figures["step"],
+        tokens=figures["tokens"],
+        seconds=seconds,
+        tokens_per_s=figures["tokens"] / seconds if seconds else 0.0,
+        data_wait_fraction=figures["waited_s"] / seconds if seconds else 0.0,
+        losses=figures["losses"],
+        order_digest=figures["digest"],
+        mixture=mixture(order),
+        resumed_from=resumed_from,
+    )
+
+
+@contextlib.contextmanager
+def _followed(run_dir: str, name: str, steps: int, on_event: Event) -> Iterator[None]:
+    """Call `on_event` for every new line of metrics.jsonl while the context is open."""
+    follower = Follower(run_dir, name)
+    for _ in follower.new_lines():
+        pass  # what an earlier attempt wrote is no news
+    stop = threading.Event()
+
+    def pass_on() -> None:
+        for line in follower.new_lines():
+            on_event({"event": "train_step", "steps": steps, **line})
+
+    def follow() -> None:
+        while not stop.wait(_POLL_S):
+            pass_on()
+
+    thread = threading.Thread(target=follow, name="lectern-metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        pass_on()

@@ -1,0 +1,167 @@
+"""The planned order: which samples every step consumes, a pure function of (seed, step, mixture).
+
+Nothing here knows the world size, the micro-batch or the past: step t can be asked for by itself, so a resumed
+run sees byte for byte the order of an unbroken one.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.errors import InputError
+from storage.samples import ID_BYTES, Int64Array, UInt8Array
+
+UInt64Array = NDArray[np.uint64]
+
+EMPTY_DIGEST = bytes(ID_BYTES)
+
+
+def planned_counts(shares: NDArray[np.float64], batch_size: int) -> Int64Array:
+    """Return how many samples each source gives to each step, [steps, sources]; rows sum to `batch_size`.
+
+    Error diffusion: what a source is owed so far (its cumulative share less what it gave) is rounded down, and the
+    samples left over go to the largest remainders. Two sources stay within half a sample of the plan at every
+    step, so within one in any window of steps.
+    """
+    owed_until = np.cumsum(shares, axis=0, dtype=np.float64) * batch_size
+    given = np.zeros(shares.shape[1], dtype=np.int64)
+    counts = np.zeros(shares.shape, dtype=np.int64)
+    for step, owed in enumerate(owed_until):
+        counts[step] = _largest_remainder(owed - given, shares[step] > 0, batch_size)
+        given += counts[step]
+    return counts
+
+
+def _largest_remainder(owed: NDArray[np.float64], open_: NDArray[np.bool_], total: int) -> Int64Array:
+    """Split `total` in proportion to what is owed; only `open_` sources may round up."""
+    # Rounding noise of the cumulative sums must not move a sample from one source to another.
+    owed = np.round(owed, 9)
+    counts = np.floor(np.maximum(owed, 0.0)).astype(np.int64)
+    while (missing := total - int(counts.sum())) != 0:
+        remainder = owed - counts
+        if missing > 0:
+            ranked = np.argsort(np.where(open_, -remainder, np.inf), kind="stable")[: int(open_.sum())]
+            counts[ranked[:missing]] += 1
+        else:
+            ranked = np.argsort(np.where(counts > 0, remainder, np.inf), kind="stable")[: int((counts > 0).sum())]
+            counts[ranked[:-missing]] -= 1
+    return counts
+
+
+def permutation(size: int, *key: object) -> Int64Array:
+    """Return a permutation of `range(size)` that depends on `key` alone, on any machine and library version."""
+    seed = int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+    with np.errstate(over="ignore"):
+        return np.argsort(_splitmix64(np.arange(size, dtype=np.uint64) + np.uint64(seed)), kind="stable")
+
+
+def _splitmix64(values: UInt64Array) -> UInt64Array:
+    """Mix 64-bit integers (the finaliser of Steele, Lea and Flood's SplitMix64); a bijection."""
+    z = (values + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(z ^ (z >> np.uint64(31)))
+
+
+def chain_digest(before: bytes, ids: Sequence[bytes] | UInt8Array) -> bytes:
+    """Return the running digest after consuming `ids`: BLAKE2b over the digest before and the ids in order."""
+    raw = ids.tobytes() if isinstance(ids, np.ndarray) else b"".join(ids)
+    return blake2b(before + raw, digest_size=ID_BYTES, person=b"lectern.order").digest()
+
+
+class PlannedOrder:
+    """The sample ids of every step.
+
+    Each source is passed over in epochs, each epoch a seeded permutation of its samples; a step takes the next
+    `counts[step, source]` of each and shuffles them.
+    """
+
+    def __init__(
+        self, ids_by_source: Mapping[str, Sequence[bytes]], shares: NDArray[np.float64], batch_size: int, seed: int
+    ) -> None:
+        self.sources = list(ids_by_source)
+        self.shares = shares  # [steps, sources]
+        self.counts = planned_counts(shares, batch_size)  # [steps, sources]
+        self.batch_size = batch_size
+        self._seed = seed
+        # Sorted, so that the order does not depend on how the samples happen to be stored.
+        self._pools = [_as_rows(sorted(ids_by_source[name])) for name in self.sources]
+        self._given = np.zeros((len(shares) + 1, len(self.sources)), dtype=np.int64)
+        np.cumsum(self.counts, axis=0, out=self._given[1:])
+        self._epoch = lru_cache(maxsize=2 * len(self.sources))(self._permuted)
+
+    def __len__(self) -> int:
+        return len(self.shares)
+
+    def epochs(self) -> dict[str, float]:
+        """Return how many passes over each source the whole plan makes."""
+        return {
+            name: float(given) / len(pool) if len(pool) else 0.0
+            for name, given, pool in zip(self.sources, self._given[-1], self._pools, strict=True)
+        }
+
+    def check_epochs(self, most: float | None) -> None:
+        """Raise InputError when the plan passes over a source more than `most` times."""
+        for (name, passes), pool in zip(self.epochs().items(), self._pools, strict=True):
+            if most is not None and passes > most:
+                raise InputError(
+                    f"the plan passes {passes:.2f} times over {name!r} ({len(pool)} training samples), more than "
+                    f"curriculum.max_epochs {most:g}; lower its share or train.steps, or add text"
+                )
+
+    def used_ids(self) -> UInt8Array:
+        """Return the ids that the whole plan consumes, each once, uint8 [n, 16]."""
+        used = [self._draws(s, 0, int(min(n, len(self._pools[s])))) for s, n in enumerate(self._given[-1])]
+        return np.concatenate(used)
+
+    def step(self, step: int) -> UInt8Array:
+        """Return the ids of a step's global batch in order, uint8 [batch_size, 16]."""
+        return np.concatenate(self._taken(step))[permutation(self.batch_size, "step", self._seed, step)]
+
+    def step_sources(self, step: int) -> list[str]:
+        """Return the source of each sample of a step, in the order of `step`."""
+        names = np.repeat(np.arange(len(self.sources)), self.counts[step])
+        return [self.sources[n] for n in names[permutation(self.batch_size, "step", self._seed, step)]]
+
+    def pool_start(self, num_samples: int) -> UInt8Array:
+        """Return the first `num_samples` ids of all sources in sorted order, uint8 [n, 16]."""
+        ids = np.concatenate(self._pools)
+        return ids[np.lexsort(ids.T[::-1])[:num_samples]]
+
+    def digest(self, until: int | None = None) -> bytes:
+        """Return the running digest of the first `until` steps (all of them by default)."""
+        running = EMPTY_DIGEST
+        for step in range(len(self) if until is None else until):
+            running = chain_digest(running, self.step(step))
+        return running
+
+    def _taken(self, step: int) -> list[UInt8Array]:
+        first, last = self._given[step], self._given[step + 1]
+        return [self._draws(s, int(first[s]), int(last[s])) for s in range(len(self.sources))]
+
+    def _draws(self, source: int, first: int, last: int) -> UInt8Array:
+        """Return draws `first` to `last` of a source, running over its epochs."""
+        pool = self._pools[source]
+        parts = [pool[:0]]
+        while first < last:
+            epoch, at = divmod(first, len(pool))
+            part = self._epoch(source, epoch)[at : at + last - first]
+            parts.append(part)
+            first += len(part)
+        return np.concatenate(parts)
+
+    def _permuted(self, source: int, epoch: int) -> UInt8Array:
+        pool = self._pools[source]
+        return pool[permutation(len(pool), "epoch", self._seed, self.sources[source], epoch)]
+
+
+def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
+    """Return which positions of a global batch rank `rank` takes: rank, rank + world_size, …."""
+    return slice(rank, batch_size, world_size)
+
+
+def _as_rows(ids: Sequence[bytes]) -> UInt8Array:
+    return np.frombuffer(b"".join(ids), dtype=np.uint8).reshape(len(ids), ID_BYTES)
