@@ -7,7 +7,6 @@ files are pickled tensors: they are read back only from the run's own folder, an
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +14,7 @@ from typing import Any, Self
 import torch
 from safetensors.torch import load_file, save_file
 
-from storage.errors import InputError, IntegrityError
+from storage.errors import IntegrityError
 from storage.object_store import Store
 
 STATE_TAG = "state"
@@ -98,16 +97,6 @@ def keep_only(store: Store, name: str | None) -> None:
         for folder in Path(store.url).glob("checkpoint_*"):
             if folder.name != name:
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def require_same_config(expected: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
-    """Raise InputError naming the first field in which a checkpoint or finished run differs from this one."""
-    for name in dict.fromkeys([*expected, *found]):
-        if expected.get(name) != found.get(name):
-            raise InputError(
-                f"{where} was made with {name} = {found.get(name)!r}, this run has {expected.get(name)!r}; go back to "
-                "that value, use another --run-dir, or delete it to start over"
-            )
 
 
 def _whole(store: Store, name: str, keys: list[str]) -> Position | None:

@@ -12,9 +12,8 @@ from trainer.loop import LoopSpec, rebuild_error, run_rank
 
 def fit(spec: LoopSpec) -> dict[str, Any]:
     """Run the loop on all ranks and return what rank 0 returned."""
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
 
     gpu = spec.device == "gpu"
     trainer = TorchTrainer(

@@ -1,11 +1,12 @@
 """What a run depends on, and what a finished one did."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Self
 
+from storage.errors import InputError
 from storage.identity import DatasetIdentity
 from storage.object_store import Store
 from trainer.config import CurriculumConfig, StudentConfig, TrainConfig
@@ -80,8 +81,18 @@ def recorded_result(run_dir: str, name: str, facts: dict[str, Any]) -> TrainResu
     if raw is None:
         return None
     record = json.loads(raw)
-    checkpoint.require_same_config(facts, record["config"], store.shown(name))
+    require_same_config(facts, record["config"], store.shown(name))
     return TrainResult.from_json(record["result"])
+
+
+def require_same_config(expected: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
+    """Raise InputError naming the first field in which a checkpoint or finished run differs from this one."""
+    for name in dict.fromkeys([*expected, *found]):
+        if expected.get(name) != found.get(name):
+            raise InputError(
+                f"{where} was made with {name} = {found.get(name)!r}, this run has {expected.get(name)!r}; go back to "
+                "that value, use another --run-dir, or delete it to start over"
+            )
 
 
 def _flatten(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -20,7 +20,7 @@ from trainer.loop import LoopSpec, planned_order
 from trainer.losses import SPARSE_LOSSES, ForwardKL, require_kind
 from trainer.metrics import Follower
 from trainer.ray_fit import fit
-from trainer.result import RESULT_FILE, TrainResult, mixture, recorded_result, run_facts
+from trainer.result import RESULT_FILE, TrainResult, mixture, recorded_result, require_same_config, run_facts
 from trainer.sampler import PlannedOrder
 from trainer.student import build_student, examine, resolve_student
 
@@ -142,7 +142,7 @@ def _resume_point(store: Store, facts: dict[str, Any]) -> tuple[str | None, int]
     """
     found = checkpoint.newest(store)
     if found is not None:
-        checkpoint.require_same_config(facts, found[1].config, store.shown(found[0]))
+        require_same_config(facts, found[1].config, store.shown(found[0]))
     checkpoint.keep_only(store, found[0] if found else None)
     return (found[0], found[1].step) if found else (None, 0)
 
