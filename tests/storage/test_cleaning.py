@@ -53,9 +53,16 @@ def test_normalise_makes_compatible_forms_plain() -> None:
 
 
 def test_terms_are_replaced_whole_longest_first_and_once() -> None:
-    terms = {"concrete": "混凝土", "reinforced concrete": "钢筋混凝土", "混凝土": "beton", "C++": "cpp"}
+    terms = {
+        "concrete": "混凝土",
+        "reinforced concrete": "钢筋混凝土",
+        "concrete mixer": "搅拌机",
+        "混凝土": "beton",
+        "C++": "cpp",
+    }
     replace = term_mapper(terms)
     assert replace("concrete, concretely: reinforced concrete.") == "混凝土, concretely: 钢筋混凝土."
+    assert replace("concrete mixer, concrete mixers") == "搅拌机, 混凝土 mixers"
     assert replace("混凝土") == "beton"
     assert replace("C++11 and xC++") == "cpp11 and xC++"
     assert replace("用concrete做的") == "用混凝土做的"

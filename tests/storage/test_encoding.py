@@ -112,7 +112,8 @@ def test_plain_templates_are_told_apart_by_characters(merged: Tokenizer, tmp_pat
 
 UNSTABLE = [
     # Earlier reasoning is dropped once there is a later message.
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content if loop.last else m.content[-1:] }}{% endfor %}"
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{{ m.content if loop.last or m.role == 'user' else m.content[-3:] }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}",
     # The generation prompt opens a block that the message itself does not.
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"

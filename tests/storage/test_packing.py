@@ -129,6 +129,15 @@ def test_a_long_document_fills_the_room_that_is_left() -> None:
     assert second.tokens.tolist() == list(range(103, 111))
 
 
+def test_a_long_document_does_not_start_in_too_little_room() -> None:
+    first, second, third = pack_documents([document(0, [True] * 7), document(100, [True] * 9)], "s", 8)
+    assert first.tokens.tolist() == list(range(7))
+    assert second.tokens.tolist() == list(range(100, 108))
+    assert third.tokens.tolist() == [107, 108]
+    short, *_ = pack_documents([document(0, [True] * 13), document(100, [True] * 20)], "s", 16)
+    assert short.tokens.tolist() == list(range(13)), "three tokens of context are not worth a cut"
+
+
 def test_what_no_prediction_sees_is_left_out() -> None:
     assert len(trim(document(0, [True, False, True, False, False]))) == 3
     assert len(trim(document(0, [True, False]))) == 0

@@ -130,6 +130,34 @@ def test_only_the_needed_row_groups_are_read(
         damaged.read([33])
 
 
+def test_row_groups_are_bounded_in_tokens_too(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample_writer, "GROUP_TOKENS", 500)
+    samples = prepare_samples(config(a=write_rows(tmp_path / "a.jsonl", prose(60))), tokenizer, tmp_path / "samples")
+    metadata = pq.read_metadata(tmp_path / "samples" / "samples-00000.parquet")
+    assert metadata.num_row_groups >= samples.num_tokens.sum() // 564
+    assert samples.read(samples.rows()).ids() == samples.ids(samples.rows())
+
+
+def test_no_flipped_bit_goes_unseen(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    samples = prepare_samples(config(a=write_rows(tmp_path / "a.jsonl", prose(60))), tokenizer, tmp_path / "samples")
+    part = tmp_path / "samples" / "samples-00000.parquet"
+    content = part.read_bytes()
+    column = pq.read_metadata(part).row_group(0).column(3)
+    expected = samples.read(samples.rows()).tokens
+    seen = 0
+    for position in np.linspace(0, column.total_compressed_size - 1, 40).astype(int):
+        altered = bytearray(content)
+        altered[column.data_page_offset + position] ^= 1
+        part.write_bytes(altered)
+        try:
+            np.testing.assert_array_equal(SampleSet.open(tmp_path / "samples").read(samples.rows()).tokens, expected)
+        except IntegrityError:
+            seen += 1
+    assert seen > 30
+
+
 def test_prepared_samples_are_opened_not_made_again(tmp_path: Path, tokenizer: Tokenizer) -> None:
     data = config(a=write_rows(tmp_path / "a.jsonl", prose(30)))
     events: list[dict[str, Any]] = []
@@ -155,10 +183,12 @@ def test_whatever_samples_depend_on_makes_them_anew(tmp_path: Path, tokenizer: T
     remade(config(heldout_fraction=0.3, a=str(path)), tokenizer)
     remade(data, Tokenizer.load(tokenizer.folder, CHAT + " "))
     remade(data, Tokenizer.load(write_tokenizer(tmp_path / "other", eos_token="<|begin|>")))
+    for name, flag in (("with", True), ("without", False)):
+        remade(data, Tokenizer.load(write_tokenizer(tmp_path / name, bos_token="<|begin|>", add_bos_token=flag)))
     remade(data, Tokenizer.load(write_tokenizer(tmp_path / "more", corpus=prose(50))))
     write_rows(path, prose(31))
     remade(data, tokenizer)
-    assert len(set(keys)) == 7
+    assert len(set(keys)) == 9
 
 
 def test_stale_files_go(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
