@@ -37,6 +37,8 @@ TEACHER_FORMAT = 1
 """The same for the model's architecture and training."""
 TOKENIZER_DOCUMENTS = 20_000
 """Documents of each source that the tokenizer is trained on, at most; the first ones."""
+POSITIONS = 2048
+"""Longest window that the model takes, in tokens, unless it is trained on longer ones."""
 
 END_OF_TEXT = "<|endoftext|>"
 ROLES = ("system", "user", "assistant")
@@ -81,14 +83,7 @@ def ensure_teacher(teacher: EmbeddedTeacherConfig, data: DataConfig, on_progress
         InputError: the corpora cannot be read.
         StorageError: the cache folder cannot be written.
     """
-    tokenizer_folder = ensure_tokenizer(teacher, data)
-    tokenizer = Tokenizer.load(tokenizer_folder, data.chat_template)
-    windows = data.model_copy(update={"window_tokens": teacher.window_tokens})
-    depends = {
-        "format": TEACHER_FORMAT,
-        "teacher": teacher.model_dump(mode="json"),
-        "samples": samples_key(windows, tokenizer),
-    }
+    tokenizer_folder, tokenizer, windows, target = _plan_teacher(teacher, data)
 
     def build(draft: Path) -> None:
         from workers.embedded_training import train_teacher
@@ -101,7 +96,31 @@ def ensure_teacher(teacher: EmbeddedTeacherConfig, data: DataConfig, on_progress
             shutil.copyfile(file, draft / file.name)
         (draft / "lectern-teacher.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
-    return _build_once(cache_folder() / f"embedded-{_key(depends)}", build, on_progress)
+    return _build_once(target, build, on_progress)
+
+
+def find_teacher(teacher: EmbeddedTeacherConfig, data: DataConfig) -> Path | None:
+    """Return the embedded teacher's folder where it is trained already, else None; trains at most the tokenizer."""
+    target = _plan_teacher(teacher, data)[-1]
+    return target if target.is_dir() else None
+
+
+def max_positions(teacher: EmbeddedTeacherConfig) -> int:
+    """Return the longest window that the embedded teacher takes, in tokens."""
+    return max(POSITIONS, teacher.window_tokens)
+
+
+def _plan_teacher(teacher: EmbeddedTeacherConfig, data: DataConfig) -> tuple[Path, Tokenizer, DataConfig, Path]:
+    """Return the tokenizer's folder, the tokenizer, the data in the teacher's own windows, and the teacher's folder."""
+    tokenizer_folder = ensure_tokenizer(teacher, data)
+    tokenizer = Tokenizer.load(tokenizer_folder, data.chat_template)
+    windows = data.model_copy(update={"window_tokens": teacher.window_tokens})
+    depends = {
+        "format": TEACHER_FORMAT,
+        "teacher": teacher.model_dump(mode="json"),
+        "samples": samples_key(windows, tokenizer),
+    }
+    return tokenizer_folder, tokenizer, windows, cache_folder() / f"embedded-{_key(depends)}"
 
 
 def _write_tokenizer(folder: Path, teacher: EmbeddedTeacherConfig, data: DataConfig) -> None:

@@ -21,7 +21,8 @@ from storage.sample_set import SampleSet
 from storage.samples import Int64Array
 from storage.tokenizer import Tokenizer
 from workers.config import EmbeddedTeacherConfig
-from workers.local.batches import make_forward_batch
+from workers.embedded import max_positions
+from workers.local.batching import model_inputs, predicting_rows
 from workers.local.memory import keep_freed_memory
 
 Progress = Callable[[dict[str, Any]], None]
@@ -39,8 +40,6 @@ MAX_PASSES = 2.5
 MAX_THREADS = 8
 HELDOUT_TOKENS = 20_000
 """Tokens of each source that the final loss is measured on, at most."""
-POSITIONS = 2048
-"""Longest window that the model takes, in tokens."""
 REPORT_EVERY_S = 1.0
 
 
@@ -103,7 +102,7 @@ def embedded_model_config(teacher: EmbeddedTeacherConfig, tokenizer: Tokenizer) 
         qk_rope_head_dim=32,
         v_head_dim=width // heads,
         num_mtp_layers=0,
-        max_position_embeddings=max(POSITIONS, teacher.window_tokens),
+        max_position_embeddings=max_positions(teacher),
         bos_token_id=None,
         eos_token_id=tokenizer.eos_id,
         pad_token_id=None,
@@ -168,7 +167,7 @@ def _train(model: nn.Module, samples: SampleSet, plan: Iterator[Int64Array], on_
         for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = peak * scale
         loss = _token_losses(model, samples, rows).mean()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -186,12 +185,14 @@ def _train(model: nn.Module, samples: SampleSet, plan: Iterator[Int64Array], on_
 
 def _token_losses(model: nn.Module, samples: SampleSet, rows: Int64Array) -> Tensor:
     """Return the loss at each supervised position of the samples at `rows`, float32 [P]."""
-    batch = make_forward_batch(samples.read(rows))
+    batch = samples.read(rows)
+    inputs, (predicting, labels) = model_inputs(batch), predicting_rows(batch)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(
-            batch.input_ids, attention_mask=batch.attention, position_ids=batch.position_ids, use_cache=False
-        ).logits
-    return nn.functional.cross_entropy(logits.flatten(0, 1)[batch.predictor].float(), batch.label, reduction="none")
+            inputs.input_ids, attention_mask=inputs.attention_mask, position_ids=inputs.position_ids, use_cache=False
+        ).logits.flatten(0, 1)
+    chosen = logits[torch.from_numpy(predicting)].float()
+    return nn.functional.cross_entropy(chosen, torch.from_numpy(labels), reduction="none")
 
 
 def learning_rate_scale(step: int, steps: int) -> float:
@@ -202,7 +203,8 @@ def learning_rate_scale(step: int, steps: int) -> float:
 
 def _optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """Return Muon over the matrices inside the layers and AdamW over everything else."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inner = parameter.ndim == 2 and ".layers." in name and not name.endswith("gate.weight")
         (matrices if inner else others).append(parameter)

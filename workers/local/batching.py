@@ -57,6 +57,17 @@ def model_inputs(samples: SampleBatch) -> ModelInputs:
     return ModelInputs(torch.from_numpy(tokens), torch.from_numpy(positions), mask)
 
 
+def predicting_rows(samples: SampleBatch) -> tuple[Int64Array, Int64Array]:
+    """Return, for each supervised position, the row of the flattened [N·L] output that predicts it, and its token.
+
+    The state at token i−1 predicts token i; both int64 [P], sample by sample.
+    """
+    lengths, flat = samples.lengths(), np.flatnonzero(samples.supervised)
+    owner = np.searchsorted(samples.offsets, flat, side="right") - 1
+    rows = owner * int(lengths.max()) + flat - samples.offsets[owner] - 1
+    return rows, samples.tokens[flat].astype(np.int64)
+
+
 def _document_mask(document_NL: Tensor) -> Tensor:
     """Return bool [N, 1, L, L]: same document, not later. Padding is a document of its own, so no row is empty."""
     same = document_NL[:, :, None] == document_NL[:, None, :]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from storage.errors import IntegrityError
 from storage.samples import Int64Array, SampleBatch, offsets_of, ragged_index
 from storage.targets import TargetBatch
-from workers.local.batching import ModelInputs, model_inputs, plan_batches
+from workers.local.batching import ModelInputs, model_inputs, plan_batches, predicting_rows
 from workers.local.hooks import captured_hidden
 from workers.local.selection import NonFiniteLogitsError, Selection, SelectionSettings, select, uniforms
 
@@ -139,15 +139,12 @@ def _forward(model: nn.Module, inputs: ModelInputs, layers: Sequence[str]) -> tu
 def _supervised(samples: SampleBatch, rows: Sequence[int], seed: int) -> _Positions:
     """Locate the supervised positions of the samples at `rows`, padded to the longest of them."""
     batch = samples.take(rows)
-    offsets, lengths = offsets_of(samples.num_supervised()), batch.lengths()
-    flat = np.flatnonzero(batch.supervised)
-    owner = np.searchsorted(batch.offsets, flat, side="right") - 1
-    inside = flat - batch.offsets[owner]
+    logits_row, truth = predicting_rows(batch)
     draws = [uniforms(seed, i, n) for i, n in zip(batch.ids(), batch.num_supervised().tolist(), strict=True)]
     return _Positions(
-        unit=ragged_index(offsets, rows),
-        logits_row=owner * int(lengths.max()) + inside - 1,
-        truth=batch.tokens[flat].astype(np.int64),
+        unit=ragged_index(offsets_of(samples.num_supervised()), rows),
+        logits_row=logits_row,
+        truth=truth,
         uniform=np.concatenate(draws),
     )
 
