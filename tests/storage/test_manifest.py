@@ -17,6 +17,8 @@ from storage.info import RELEASE, read_info
 from storage.manifest import ManifestRecord, read_manifests
 from storage.object_store import Store
 from storage.reader import Dataset
+from storage.shard import read_shard
+from storage.verify import verify_dataset
 from storage.writer import DatasetWriter
 
 MakeIdentity = Callable[..., DatasetIdentity]
@@ -112,6 +114,31 @@ def test_record_of_another_dataset_is_refused(dataset: Path, make_identity: Make
         (dataset / "other" / name).rename(dataset / name)
     with pytest.raises(IntegrityError, match=f"fingerprint {other.fingerprint} is not that of the dataset"):
         Dataset.open(str(dataset))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"digest": "0" * 32}, "its 6 sample ids are not the 6 of its manifest"),
+        ({"rows": 7}, "its 6 sample ids are not the 7 of its manifest"),
+        ({"tokens": 3}, r"it holds \d+ tokens, its manifest says 3"),
+        ({"sha256": "0" * 64}, "its SHA-256 is not the one in its manifest"),
+        ({"size_bytes": 9}, "its manifest says 9"),
+    ],
+)
+def test_record_out_of_step_with_its_file_is_refused(dataset: Path, changes: dict[str, Any], message: str) -> None:
+    found = read_manifests(Store(dataset), read_info(Store(dataset)).fingerprint)[0]
+    fields = {"unit": "u0", "attempt": "b", "size_bytes": found.bytes, "sha256": found.sha256, "rows": found.rows}
+    fields |= {"tokens": found.tokens, "digest": found.sample_ids_digest, "fingerprint": found.fingerprint}
+    forged = ManifestRecord.seal(**fields | changes)
+    (dataset / found.data_key).rename(dataset / forged.data_key)
+    (dataset / forged.key).write_bytes(forged.to_json())
+    with pytest.raises(IntegrityError, match=message):
+        read_shard(Store(dataset), forged)
+    assert not verify_dataset(str(dataset)).ok
+    if "tokens" not in changes and "sha256" not in changes:
+        with pytest.raises(IntegrityError, match=r"u0-b-.*run the capture again"):
+            Dataset.open(str(dataset))
 
 
 def test_hidden_files_of_desktops_are_passed_over(dataset: Path) -> None:

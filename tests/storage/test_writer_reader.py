@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from storage_faults import FaultyProxy, FlakyFileSystem, full_disk
+from storage_faults import FaultyProxy, FlakyFileSystem, as_ordinary_user, full_disk
 
 from storage.errors import IdentityError, InputError, IntegrityError, StorageError
 from storage.identity import DatasetIdentity
@@ -248,6 +249,21 @@ def test_full_disk_keeps_what_was_committed(tmp_path: Path, make_identity: MakeI
         assert (report.ok, report.units, report.orphans) == (True, 1, [])
 
 
+def test_record_that_cannot_be_written_gives_its_data_back(make_identity: MakeIdentity, make_unit: MakeUnit) -> None:
+    identity = make_identity()
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o777)
+        with as_ordinary_user():
+            writer = DatasetWriter.create(name, identity)
+            writer.commit("u0", *make_unit(identity, 2, 0), attempt=1)
+            os.chmod(f"{name}/manifest", 0o555)
+            with pytest.raises(StorageError, match=r"cannot create .*u1\.json: permission denied"):
+                writer.commit("u1", *make_unit(identity, 2, 1), attempt=1)
+            report = verify_dataset(name)
+            assert (report.ok, report.units, report.orphans) == (True, 1, [])
+            os.chmod(f"{name}/manifest", 0o755)
+
+
 def test_lost_reply_to_the_commit_still_counts_as_committed(
     flaky: Callable[..., Store],
     make_identity: MakeIdentity,
@@ -279,7 +295,9 @@ def test_commit_without_an_answer_leaves_its_data(
         with pytest.raises(StorageError, match="got lost"):
             writer.commit("u", *unit, attempt=1)
         assert len(Dataset.open(url).manifests) == committed
-        assert verify_dataset(url).ok
+        # The request may still arrive, so its data stays.
+        report = verify_dataset(url)
+        assert (report.ok, len(report.orphans)) == (True, 1)
     Dataset.open(url).read(unit[0].ids())
 
 
