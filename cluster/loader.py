@@ -77,7 +77,8 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        context = f" ({error.context})" if error.context else ""
+        since = f" that began in line {error.context_mark.line + 1}" if error.context_mark else ""
+        context = f" ({error.context}{since})" if error.context else ""
         raise InputError(f"{where}: not valid YAML: {place}{error.problem or 'cannot be parsed'}{context}") from error
     except yaml.YAMLError as error:
         raise InputError(f"{where}: not valid YAML: {error}") from error

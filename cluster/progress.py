@@ -37,9 +37,9 @@ class Task:
         while len(self._seen) > 2 and now - self._seen[1][0] > _RATE_WINDOW_S:
             self._seen.pop(0)
 
-    def start_from(self, done: float) -> None:
+    def start_from(self, done: float, total: float) -> None:
         """Say how much was done by an earlier run, so that it does not count in the rate."""
-        self.done = done
+        self.done, self.total = done, total
         self._seen = [(self._clock(), done)]
 
     @property
@@ -117,9 +117,13 @@ class Shown:
         self.task.advance_to(done, total, note)
         self._refresh()
 
-    def start_from(self, done: float) -> None:
+    def note(self, text: str) -> None:
+        """Set the remark at the end of the line."""
+        self.task.note = text
+
+    def start_from(self, done: float, total: float) -> None:
         """Say how much an earlier run had done."""
-        self.task.start_from(done)
+        self.task.start_from(done, total)
 
     def say(self, text: str) -> None:
         """Print a line without disturbing the bar."""

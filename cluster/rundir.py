@@ -49,11 +49,13 @@ class RunDir:
     def write_config(self, config: RunConfig) -> None:
         """Keep the whole config with its defaults, without user names, passwords and queries in URLs."""
         values = _without_secrets(config.model_dump(mode="json"))
+        # Absolute, so that commands on the run directory work from any folder.
+        values["cache"]["url"] = redact(Store(config.cache.url).url)
         header = "# The config of this run with all defaults filled in; secrets are left out.\n"
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
         self.store.write(RESOLVED_KEY, (header + text).encode())
 
-    def event(self, name: str, **facts: Any) -> None:
+    def event(self, name: str, /, **facts: Any) -> None:
         """Append one line to events.jsonl: `{"time": …, "event": name, …facts}`."""
         moment = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": moment, "event": name, **facts}, default=str)
@@ -115,6 +117,7 @@ class RunDir:
         if not self.is_local:
             yield
             return
+        self.probe()
         path = Path(self.path(".lock"))
         with path.open("a+", encoding="utf-8") as file:
             try:

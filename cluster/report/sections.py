@@ -90,7 +90,7 @@ def _training(data: ReportData) -> Section:
         ("hidden", "Hidden states", "Error of the projected hidden states.", 0.0, short),
     )
     running = (
-        ("tokens_per_s", "Throughput", "Supervised tokens per second, all ranks together.", 0.0, short),
+        ("tokens_per_s", "Throughput", "Tokens per second, all ranks together.", 0.0, short),
         ("data_wait_fraction", "Waiting for data", "Share of a step that ranks wait for the dataset.", 0.0, percent),
         ("grad_norm", "Gradient norm", "Before clipping.", 0.0, short),
     )
@@ -131,8 +131,8 @@ def _mixture(data: ReportData) -> Figure | None:
 
 
 def _learning_rate(data: ReportData) -> Figure | None:
-    curve = [line for line in data.curves.get("student", []) if line.get("learning_rate") is not None]
-    points = [(float(line["step"]), float(line["learning_rate"])) for line in curve]
+    curve = [line for line in data.curves.get("student", []) if line.get("lr") is not None]
+    points = [(float(line["step"]), float(line["lr"])) for line in curve]
     plot = line_plot([Series("learning rate", "var(--student)", points)], "step", low=0.0, label="Learning rate")
     return _figure("Learning rate", "Warm-up, then cosine.", plot) if points else None
 

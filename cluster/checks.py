@@ -1,0 +1,136 @@
+"""What can be known to be wrong before anything is spent; imports no torch."""
+
+import json
+from pathlib import Path
+
+from cluster.config import RunConfig
+from cluster.rundir import RunDir
+from storage.config import DataConfig
+from storage.errors import InputError
+from storage.identity import CaptureIdentity, DatasetIdentity, TokenizerIdentity, require_same
+from storage.info import INFO_KEY, DatasetInfo, read_info
+from storage.inputs import resolve_inputs
+from storage.object_store import Store
+from storage.sample_set import SampleSet
+from storage.tokenizer import Tokenizer
+from trainer.curriculum import planned_shares
+from trainer.sampler import planned_counts
+from workers.embedded import max_positions
+from workers.model_folder import ModelFacts, check_teacher, model_facts
+
+_POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+
+
+def check_places(config: RunConfig, run: RunDir) -> None:
+    """Create and delete an object in the run directory and in the cache; InputError when one cannot be written."""
+    run.probe()
+    Store(config.cache.url).probe()
+
+
+def check_student(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Check the student's tokenizer, vocabulary and positions against the teacher's tokenizer and the windows.
+
+    A student named by hub name is checked by the trainer when it is there.
+    """
+    student = config.student
+    if student.path is not None:
+        folder = Path(student.path).expanduser()
+        if not folder.is_dir():
+            if student.path.startswith((".", "/", "~")) or student.path.count("/") != 1:
+                raise InputError(
+                    f"student.path {student.path} is no folder; name a model folder or a hub model `owner/name`"
+                )
+            return
+        own = Tokenizer.load(folder)
+        if own.digest != tokenizer.digest:
+            raise InputError(
+                f"the tokenizer of student.path {student.path} ({own.vocab_size} ids, {own.digest[:12]}…) is not "
+                f"the teacher's ({tokenizer.vocab_size} ids, {tokenizer.digest[:12]}…); soft targets need a "
+                "student with the teacher's tokenizer"
+            )
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        _check_vocabulary(model_facts(folder).vocab_size, tokenizer, f"student.path {student.path}")
+    else:
+        fields = student.config or {}
+        if isinstance(fields.get("vocab_size"), int):
+            _check_vocabulary(fields["vocab_size"], tokenizer, "student.config")
+    positions = next((fields[key] for key in _POSITION_KEYS if isinstance(fields.get(key), int)), None)
+    if positions is not None and config.data.window_tokens > positions:
+        raise InputError(
+            f"data.window_tokens {config.data.window_tokens} is longer than the {positions} positions of the student; "
+            f"lower it to {positions} or less, or give the student more positions"
+        )
+
+
+def check_teacher_fits(config: RunConfig, folder: Path, tokenizer: Tokenizer) -> ModelFacts:
+    """Check a teacher folder's positions, vocabulary and sharding; returns what its config says."""
+    facts = model_facts(folder)
+    check_teacher(facts, config.teacher, tokenizer, config.data.window_tokens)
+    return facts
+
+
+def check_future_teacher(config: RunConfig, tokenizer: Tokenizer) -> int:
+    """Check the embedded teacher, which need not be trained yet, against the windows; returns its positions."""
+    embedded = config.teacher.embedded
+    facts = ModelFacts(
+        folder=Path(),
+        architecture="embedded",
+        vocab_size=embedded.vocab_size,
+        max_positions=max_positions(embedded),
+        num_attention_heads=None,
+        num_key_value_heads=None,
+    )
+    check_teacher(facts, config.teacher, tokenizer, config.data.window_tokens)
+    return max_positions(embedded)
+
+
+def check_curriculum(config: RunConfig, samples: SampleSet) -> None:
+    """Check that the curriculum names sources that exist, have training samples and suffice for its passes."""
+    most = config.curriculum.max_epochs
+    for name, times in source_passes(config, samples).items():
+        if most is not None and times > most:
+            raise InputError(
+                f"the plan passes {times:.2f} times over {name!r} ({len(samples.rows('train', name))} training "
+                f"samples), more than curriculum.max_epochs {most:g}; lower its share or train.steps, or add text"
+            )
+
+
+def source_passes(config: RunConfig, samples: SampleSet) -> dict[str, float]:
+    """Return how often training passes over each source; InputError when the mixture cannot be met."""
+    counts = {name: len(samples.rows("train", name)) for name in samples.source_names}
+    shares = planned_shares(config.curriculum, counts, config.train.steps)
+    drawn = planned_counts(shares, config.train.global_batch_size).sum(axis=0)
+    return {name: float(drawn[n]) / max(size, 1) for n, (name, size) in enumerate(counts.items())}
+
+
+def check_dataset(config: RunConfig, tokenizer: Tokenizer, identity: DatasetIdentity | None) -> DatasetInfo | None:
+    """Return what lies at cache.url, or None when nothing does yet; IdentityError when it is another dataset.
+
+    Without `identity`, because the teacher is not there yet, all else that is known of it is compared.
+    """
+    store = Store(config.cache.url)
+    if not store.exists(INFO_KEY):
+        return None
+    info = read_info(store)
+    known = identity or DatasetIdentity(
+        teacher=info.identity.teacher,
+        tokenizer=TokenizerIdentity(digest=tokenizer.digest, vocab_size=tokenizer.vocab_size),
+        chat_template=info.identity.chat_template,
+        precision=config.teacher.dtype,
+        capture=CaptureIdentity.of(config.cache),
+    )
+    require_same(known, info.identity, f"cache.url {store.shown()}")
+    return info
+
+
+def uses_chat_template(data: DataConfig) -> bool:
+    """Tell whether any input may hold chat messages, so that the chat template decides what its tokens are."""
+    return any(file.format in {"jsonl", "parquet"} for source in data.sources for file in resolve_inputs(source))
+
+
+def _check_vocabulary(vocab_size: int, tokenizer: Tokenizer, what: str) -> None:
+    if vocab_size < tokenizer.vocab_size:
+        raise InputError(
+            f"{what} has a vocabulary of {vocab_size}, the teacher's tokenizer ids up to {tokenizer.vocab_size - 1}; "
+            f"the student needs at least {tokenizer.vocab_size} (leave student.config.vocab_size out to have it set)"
+        )

@@ -1,0 +1,151 @@
+"""The command line: `lectern COMMAND CONFIG [--set a.b=value] [--run-dir URL] [--json]`.
+
+Imports stay light: `lectern --help` and `lectern plan` load no torch, deepspeed, transformers or ray.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from cluster.terminal import Terminal
+
+app = typer.Typer(
+    name="lectern",
+    help="Run a large teacher once, keep what it knows in a compact, verified dataset, and train any number of "
+    "students from it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file with the whole run.")]
+Target = Annotated[str, typer.Argument(metavar="TARGET", help="Config, run directory, or URL of a dataset.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. train.steps=100; may be repeated."),
+]
+RunDirectory = Annotated[
+    str | None,
+    typer.Option("--run-dir", metavar="URL", help="Where the run lives (default: runs/ and the name of the config)."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line; progress goes to stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an unexpected error.")]
+
+
+@app.command()
+def plan(
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="YAML file with the whole run.")] = None,
+    set_: Set = None,
+    run_dir: RunDirectory = None,
+    as_json: Json = False,
+    debug: Debug = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the config and end.")] = False,
+    rate: Annotated[
+        float | None,
+        typer.Option("--tokens-per-s", metavar="N", min=0.001, help="Rate of the teacher, for the hours."),
+    ] = None,
+) -> None:
+    """What a run would do and cost: samples, tokens, units, bytes, teacher-hours. Runs no model."""
+    from cluster import commands
+
+    if schema:
+        commands.print_schema()
+        return
+    if config is None:
+        raise typer.BadParameter("name a config, or ask for --schema", param_hint="CONFIG")
+    path = config
+    _run(lambda out: commands.plan(out, path, set_ or [], run_dir, rate), as_json, debug)
+
+
+@app.command()
+def capture(
+    config: Config, set_: Set = None, run_dir: RunDirectory = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """The teacher scores samples into the dataset; only what is missing."""
+    _run_stage("capture", config, set_, run_dir, as_json, debug)
+
+
+@app.command()
+def train(
+    config: Config, set_: Set = None, run_dir: RunDirectory = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Distils the student (and trains its baseline) from the captured dataset."""
+    _run_stage("train", config, set_, run_dir, as_json, debug)
+
+
+@app.command()
+def evaluate(
+    config: Config, set_: Set = None, run_dir: RunDirectory = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Student, baseline and teacher on held-out text."""
+    _run_stage("evaluate", config, set_, run_dir, as_json, debug)
+
+
+@app.command()
+def run(
+    config: Config, set_: Set = None, run_dir: RunDirectory = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """All stages of one config, each skipped when already done."""
+    _run_stage("run", config, set_, run_dir, as_json, debug)
+
+
+@app.command()
+def inspect(
+    target: Target,
+    set_: Set = None,
+    run_dir: RunDirectory = None,
+    as_json: Json = False,
+    debug: Debug = False,
+    sample: Annotated[
+        str | None, typer.Option("--sample", metavar="N|ID", help="Show this sample with the teacher's choices.")
+    ] = None,
+) -> None:
+    """What a dataset holds; a sample's tokens with the teacher's top choices, tail and entropy."""
+    from cluster import commands
+
+    _run(lambda out: commands.inspect(out, target, set_ or [], run_dir, sample), as_json, debug)
+
+
+@app.command()
+def verify(
+    target: Target, set_: Set = None, run_dir: RunDirectory = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Re-hashes every shard, checks manifests, counts and ids."""
+    from cluster import commands
+
+    _run(lambda out: commands.verify(out, target, set_ or [], run_dir), as_json, debug)
+
+
+@app.command()
+def report(
+    target: Target, set_: Set = None, run_dir: RunDirectory = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Writes report.html and report.json from what lies in the run directory."""
+    from cluster import commands
+
+    _run(lambda out: commands.report(out, target, set_ or [], run_dir), as_json, debug)
+
+
+def main() -> None:
+    """Entry point of the `lectern` command."""
+    app(prog_name="lectern")
+
+
+def _run_stage(
+    until: str, config: str, overrides: list[str] | None, run_dir: str | None, as_json: bool, debug: bool
+) -> None:
+    from cluster import commands
+
+    _run(lambda out: commands.stages(out, config, overrides or [], run_dir, until), as_json, debug)
+
+
+def _run(command: Callable[[Terminal], dict[str, Any]], as_json: bool, debug: bool) -> None:
+    code = Terminal(as_json, debug).run(command)
+    if code:
+        raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    main()

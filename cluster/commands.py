@@ -1,0 +1,147 @@
+"""What each command does, between the command line and the stages. Heavy imports happen inside the functions."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.config import RunConfig
+from cluster.loader import check_config, load_config, parse_yaml
+from cluster.progress import Progress
+from cluster.rundir import RESOLVED_KEY, RunDir
+from cluster.terminal import Terminal
+from storage.errors import InputError
+
+
+def print_schema() -> None:
+    """Print the JSON schema of the config."""
+    sys.stdout.write(json.dumps(RunConfig.model_json_schema(), indent=1) + "\n")
+
+
+def plan(
+    out: Terminal, path: str, overrides: Sequence[str], run_dir: str | None, tokens_per_s: float | None
+) -> dict[str, Any]:
+    """Show what a run would do."""
+    config = load_config(path, overrides)
+    from cluster.plan import make_plan
+    from cluster.tables import show_plan
+
+    found = make_plan(config, _run_dir(out, path, run_dir), tokens_per_s)
+    show_plan(out, found)
+    return found.to_json()
+
+
+def stages(out: Terminal, path: str, overrides: Sequence[str], run_dir: str | None, until: str) -> dict[str, Any]:
+    """Run the stages of `capture`, `train`, `evaluate` or `run`."""
+    config = load_config(path, overrides)
+    from cluster.pipeline import run_pipeline
+    from cluster.tables import show_result
+
+    run = _run_dir(out, path, run_dir)
+    out.hint = lambda: _log_hint(run)
+    figures = run_pipeline(config, run, Progress(out.stream), until)
+    show_result(out, figures)
+    return figures
+
+
+def inspect(
+    out: Terminal, target: str, overrides: Sequence[str], run_dir: str | None, sample: str | None
+) -> dict[str, Any]:
+    """Show a dataset, or one of its samples."""
+    from cluster.inspect import describe_dataset, describe_sample, find_sample, sample_json
+    from cluster.tables import show_dataset, show_sample
+    from storage.reader import Dataset
+
+    url, run = _dataset_of(out, target, overrides, run_dir)
+    dataset = Dataset.open(url)
+    if sample is None:
+        facts = describe_dataset(dataset)
+        show_dataset(out, facts)
+        return facts
+    view = describe_sample(dataset, find_sample(dataset, sample), _tokenizer(run))
+    show_sample(out, view)
+    return sample_json(view)
+
+
+def verify(out: Terminal, target: str, overrides: Sequence[str], run_dir: str | None) -> dict[str, Any]:
+    """Check a dataset; exit code 2 when something is wrong with it."""
+    from dataclasses import asdict
+
+    from cluster.figures import size
+    from storage.verify import verify_dataset
+
+    url, _ = _dataset_of(out, target, overrides, run_dir)
+    with Progress(out.stream).task(f"Verifying {url}", "units") as task:
+        found = verify_dataset(url, task.update)
+    for problem in found.problems:
+        sys.stderr.write(f"error: {problem}\n")
+    if found.orphans:
+        out.say(
+            f"{len(found.orphans)} data files without a manifest, left by interrupted attempts: not part of the dataset"
+        )
+    state = "sound" if found.ok else f"{len(found.problems)} problems"
+    out.say(f"{found.units} units, {found.samples:,} samples, {found.tokens:,} tokens, {size(found.bytes)}: {state}")
+    return {**asdict(found), "ok": found.ok, "exit_code": 0 if found.ok else InputError.exit_code}
+
+
+def report(out: Terminal, target: str, overrides: Sequence[str], run_dir: str | None) -> dict[str, Any]:
+    """Write the report of a run again."""
+    from cluster.stages.report import HTML_KEY, write_report
+    from storage.reader import Dataset
+
+    config, run = _run_of(out, target, overrides, run_dir)
+    tokenizer = _tokenizer(run)
+    if tokenizer is None:
+        raise InputError(f"nothing was run in {run.url} yet; `lectern run` makes what a report shows")
+    summary = write_report(run, config, Dataset.open(config.cache.url), tokenizer)
+    out.say(f"wrote {run.path(HTML_KEY)}")
+    return summary
+
+
+def _run_dir(out: Terminal, config_path: str, run_dir: str | None) -> RunDir:
+    run = RunDir(run_dir or f"runs/{Path(config_path).stem}")
+    out.log_folder = run.url if run.is_local else None
+    return run
+
+
+def _run_of(out: Terminal, target: str, overrides: Sequence[str], run_dir: str | None) -> tuple[RunConfig, RunDir]:
+    """The config and run directory that a config or a run directory names."""
+    if _is_config(target):
+        return load_config(target, overrides), _run_dir(out, target, run_dir)
+    run = RunDir(run_dir or target)
+    raw = run.store.read_if_exists(RESOLVED_KEY)
+    if raw is None:
+        raise InputError(f"{target} is no config (.yaml) and holds no {RESOLVED_KEY}; name a config or a run directory")
+    if overrides:
+        raise InputError("--set works on a config, not on a run directory; name the config itself")
+    where = run.store.shown(RESOLVED_KEY)
+    return check_config(parse_yaml(raw.decode(), where), where), run
+
+
+def _dataset_of(out: Terminal, target: str, overrides: Sequence[str], run_dir: str | None) -> tuple[str, RunDir | None]:
+    """The dataset that a config, a run directory or its own URL names, and the run directory where one is known."""
+    from storage.info import INFO_KEY
+    from storage.object_store import Store
+
+    if not _is_config(target) and Store(target).exists(INFO_KEY):
+        return target, RunDir(run_dir) if run_dir else None
+    config, run = _run_of(out, target, overrides, run_dir)
+    return config.cache.url, run
+
+
+def _is_config(target: str) -> bool:
+    return target.endswith((".yaml", ".yml"))
+
+
+def _tokenizer(run: RunDir | None) -> Any:
+    """The teacher's tokenizer of a run, where it is known and still there."""
+    from storage.tokenizer import Tokenizer
+
+    folder = ((run.result("teacher") if run is not None else None) or {}).get("path")
+    return Tokenizer.load(folder) if folder and (Path(folder) / "tokenizer.json").is_file() else None
+
+
+def _log_hint(run: RunDir) -> str | None:
+    started = [event for event in run.lines("events.jsonl") if event.get("event") == "ray_started"]
+    return f"worker logs: {started[-1]['logs']}" if started else None

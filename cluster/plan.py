@@ -1,0 +1,195 @@
+"""What a run would do and cost, before anything is spent: reads text, runs no model, imports no torch and no ray."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from cluster.checks import (
+    check_curriculum,
+    check_dataset,
+    check_future_teacher,
+    check_student,
+    check_teacher_fits,
+    source_passes,
+    uses_chat_template,
+)
+from cluster.config import RunConfig
+from cluster.rundir import RunDir
+from cluster.selection import capture_rows
+from storage.config import CacheConfig
+from storage.identity import DatasetIdentity
+from storage.reader import Dataset
+from storage.sample_set import SampleSet, prepare_samples
+from storage.samples import Int64Array
+from storage.tokenizer import Tokenizer
+from workers.embedded import ensure_tokenizer, find_teacher
+from workers.model_folder import resolve_model, teacher_identity
+from workers.units import plan_units
+
+BYTES_PER_ENTRY = 3.0
+"""Compressed bytes of one kept entry (id, log-probability, draws), as measured on English and Python text."""
+BYTES_PER_POSITION = 6.0
+"""Compressed bytes of a supervised position besides its entries (token, masks, count, tail)."""
+DRAWN_SHARE = 0.75
+"""Distinct ids among the draws of a hybrid target."""
+
+
+@dataclass
+class Plan:
+    """The plan of one run."""
+
+    sources: dict[str, Any]
+    """`{source: {split: {samples, tokens, supervised}}}` of the whole sample set."""
+    samples: int
+    """Samples that the run needs targets for."""
+    tokens: int
+    supervised_tokens: int
+    cached_samples: int
+    """Of these, in the dataset already."""
+    missing_samples: int
+    missing_tokens: int
+    units: int
+    """Work units that would be scored."""
+    expected_bytes: int
+    """What they would add to the dataset."""
+    bytes_per_token: float
+    """Assumed per supervised token; `bytes_measured` tells whether it comes from the dataset itself."""
+    bytes_measured: bool
+    tokens_per_s: float | None
+    """Rate of the whole teacher, where one is known."""
+    teacher_hours: float | None
+    """Machine hours of all replicas to score what is missing."""
+    cost: float | None
+    currency: str
+    steps: int
+    train_samples: int
+    """Samples that training consumes, repeats counted."""
+    passes: dict[str, float]
+    """How often training passes over each source."""
+    checks: list[str] = field(default_factory=list)
+    """What was checked and found right."""
+    unknown: list[str] = field(default_factory=list)
+    """What could not be told yet, and why."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        return asdict(self)
+
+
+def make_plan(config: RunConfig, run: RunDir, tokens_per_s: float | None = None) -> Plan:
+    """Prepare the samples in the run directory, where `run` finds them again, and count what is to be done.
+
+    Args:
+        config: the checked config.
+        run: where samples are kept, and where the rate of an earlier capture is looked up.
+        tokens_per_s: rate of the whole teacher; overrides the earlier one.
+
+    Raises:
+        InputError: anything that `run` would refuse before it spends something.
+    """
+    checks: list[str] = []
+    unknown: list[str] = []
+    tokenizer = _tokenizer(config, checks)
+    samples = prepare_samples(config.data, tokenizer, run.path("samples"))
+    check_curriculum(config, samples)
+    checks.append("every source of the curriculum exists and has training samples")
+    rows = capture_rows(samples, config.evaluate.samples_per_source)
+    identity = _identity(config, tokenizer, checks, unknown)
+    missing, dataset = _missing(config, tokenizer, samples, rows, identity, unknown)
+    fingerprint = identity.fingerprint if identity is not None else ""
+    units = plan_units(missing, samples.num_tokens, samples.sample_ids, fingerprint, config.cache.unit_tokens)
+    measured = dataset is not None and dataset.totals().supervised > 0
+    per_token = dataset.totals().bytes_per_token if dataset and measured else _estimate(config.cache, identity)
+    rate = tokens_per_s or _known_rate(run)
+    missing_tokens = int(samples.num_tokens[missing].sum())
+    hours = missing_tokens / rate / 3600 * config.teacher.replicas if rate else None
+    return Plan(
+        sources=samples.summary(),
+        samples=len(rows),
+        tokens=int(samples.num_tokens[rows].sum()),
+        supervised_tokens=int(samples.num_supervised[rows].sum()),
+        cached_samples=len(rows) - len(missing),
+        missing_samples=len(missing),
+        missing_tokens=missing_tokens,
+        units=len(units),
+        expected_bytes=round(per_token * int(samples.num_supervised[missing].sum())),
+        bytes_per_token=round(per_token, 2),
+        bytes_measured=measured,
+        tokens_per_s=rate,
+        teacher_hours=None if hours is None else round(hours, 4),
+        cost=None if hours is None else round(hours * config.cluster.price_per_hour, 4),
+        currency=config.budget.currency,
+        steps=config.train.steps,
+        train_samples=config.train.steps * config.train.global_batch_size,
+        passes={name: round(times, 2) for name, times in source_passes(config, samples).items()},
+        checks=checks,
+        unknown=unknown,
+    )
+
+
+def _tokenizer(config: RunConfig, checks: list[str]) -> Tokenizer:
+    embedded = config.teacher.name == "embedded"
+    if embedded:
+        folder = ensure_tokenizer(config.teacher.embedded, config.data)
+    else:
+        folder = resolve_model(config.teacher.name, config.teacher.revision, weights=False)
+    tokenizer = Tokenizer.load(folder, config.data.chat_template)
+    if embedded:
+        positions: int | None = check_future_teacher(config, tokenizer)
+    else:
+        positions = check_teacher_fits(config, folder, tokenizer).max_positions
+    if positions is not None:
+        checks.append(f"windows of {config.data.window_tokens} tokens fit the teacher's {positions} positions")
+    check_student(config, tokenizer)
+    checks.append(f"the student's vocabulary and positions fit the tokenizer ({tokenizer.vocab_size} ids)")
+    return tokenizer
+
+
+def _identity(config: RunConfig, tokenizer: Tokenizer, checks: list[str], unknown: list[str]) -> DatasetIdentity | None:
+    """The dataset's identity, where the teacher's weights are on this machine."""
+    if config.teacher.name == "embedded":
+        folder = find_teacher(config.teacher.embedded, config.data)
+        why = "the embedded teacher is not trained yet (about two minutes on two cores)"
+    else:
+        light = resolve_model(config.teacher.name, config.teacher.revision, weights=False)
+        folder = light if any(light.glob("*.safetensors")) else None
+        why = f"the weights of {config.teacher.name} are not downloaded yet"
+    if folder is None:
+        unknown.append(f"what is cached already: {why}")
+        return None
+    facts = check_teacher_fits(config, folder, tokenizer)
+    checks.append(f"teacher {config.teacher.name}: {facts.architecture}, vocabulary {facts.vocab_size}")
+    return teacher_identity(folder, config.teacher, config.cache, tokenizer, uses_chat_template(config.data))
+
+
+def _missing(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    samples: SampleSet,
+    rows: Int64Array,
+    identity: DatasetIdentity | None,
+    unknown: list[str],
+) -> tuple[Int64Array, Dataset | None]:
+    if check_dataset(config, tokenizer, identity) is None:
+        return rows, None
+    dataset = Dataset.open(config.cache.url, verify_hashes=False)
+    if identity is None:
+        return rows, dataset
+    return rows[dataset.missing(samples.ids(rows))], dataset
+
+
+def _estimate(cache: CacheConfig, identity: DatasetIdentity | None) -> float:
+    """Bytes per supervised token for datasets of this kind."""
+    vocab_size = identity.tokenizer.vocab_size if identity is not None else 0
+    entries = {
+        "topk": cache.top_k,
+        "hybrid": cache.top_k + DRAWN_SHARE * cache.draws,
+        "dense": vocab_size,
+    }[cache.kind]
+    return BYTES_PER_POSITION + BYTES_PER_ENTRY * entries
+
+
+def _known_rate(run: RunDir) -> float | None:
+    """Rate of the last capture in this run directory."""
+    result = run.result("capture") or {}
+    rate = result.get("last", {}).get("tokens_per_s")
+    return float(rate) if rate else None

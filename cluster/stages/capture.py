@@ -1,0 +1,123 @@
+"""The teacher scores what the dataset does not hold yet."""
+
+from dataclasses import asdict
+from typing import Any
+
+from cluster.checks import check_dataset
+from cluster.figures import count
+from cluster.progress import Shown
+from cluster.selection import capture_rows
+from cluster.workspace import Workspace
+from storage.errors import WorkerError
+from storage.reader import Dataset
+from storage.samples import Int64Array
+
+_SHOWN_NAMES = 4
+_RATES = ("tokens_per_s", "forward_tokens_per_s", "efficiency")
+
+
+def capture(work: Workspace) -> dict[str, Any]:
+    """Score the training samples, and the held-out ones that the evaluation needs, as far as they are missing.
+
+    Starts Ray only when something is missing. Returns `{scored_samples, reused_samples, last}`, where `last` holds
+    the figures of the last capture that scored anything. Raises WorkerError when units had to be set aside.
+    """
+    rows = capture_rows(work.samples, work.config.evaluate.samples_per_source)
+    failed: list[dict[str, Any]] = []
+    with work.stage("capture") as outcome, work.progress.task("Capturing soft targets", "tokens") as task:
+        before = (work.run.result("capture") or {}).get("last", {})
+        result: dict[str, Any] = {"scored_samples": 0, "reused_samples": len(rows), "last": before}
+        if len(missing_rows(work, rows)):
+            result = _score(work, rows, task)
+            failed = result["last"]["failed_units"]
+        outcome.skipped = not result["scored_samples"]
+        outcome.facts = {key: result[key] for key in ("scored_samples", "reused_samples")}
+        task.note(f"{count(result['scored_samples'])} samples scored, {count(result['reused_samples'])} reused")
+    work.run.finish("capture", work.identity.fingerprint, result)
+    if failed:
+        raise WorkerError(
+            f"{len(failed)} units could not be scored, the first after {failed[0]['attempts']} attempts: "
+            f"{failed[0]['error']}. All others are committed; the same command tries only these again"
+        )
+    return result
+
+
+def missing_rows(work: Workspace, rows: Int64Array) -> Int64Array:
+    """Return those of `rows` that the dataset does not hold yet."""
+    if check_dataset(work.config, work.tokenizer, work.identity) is None:
+        return rows
+    return rows[open_dataset(work).missing(work.samples.ids(rows))]
+
+
+def open_dataset(work: Workspace) -> Dataset:
+    """Open the run's dataset as it is now."""
+    cache = work.config.cache
+    return Dataset.open(cache.url, work.identity, verify_hashes=cache.verify_hashes)
+
+
+def _score(work: Workspace, rows: Int64Array, task: Shown) -> dict[str, Any]:
+    session = work.ray(task)
+    from workers.coordinator import capture as score_missing
+
+    follower = _Follower(work, task)
+    config = work.config
+    found = score_missing(
+        config.teacher,
+        config.cache,
+        work.model_folder,
+        work.samples,
+        rows,
+        work.identity,
+        session.device,
+        follower.on_event,
+    )
+    rates = {key: round(getattr(found, key), 4) for key in _RATES}
+    return {
+        "scored_samples": found.scored_samples,
+        "reused_samples": found.reused_samples,
+        "last": {**asdict(found), **rates},
+    }
+
+
+class _Follower:
+    """Passes the coordinator's events on to events.jsonl and the progress bar."""
+
+    def __init__(self, work: Workspace, task: Shown) -> None:
+        self._work, self._task = work, task
+        self._done = 0
+        self._total = 0
+        self._told = False
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        """Take one event; see `workers.coordinator.capture`."""
+        facts = {key: value for key, value in event.items() if key != "event"}
+        self._work.run.event(event["event"], **facts)
+        match event["event"]:
+            case "units_planned":
+                self._total = facts["tokens"]
+                self._task.update(0, self._total, f"{facts['units']} units, starting the teacher")
+            case "replica_started":
+                self._task.start_from(self._done, self._total)
+                self._task.note("")
+                if not self._told:
+                    self._told = True
+                    self._task.say(describe_ranks(facts["ranks"]))
+            case "unit_done":
+                self._done += facts["tokens"]
+                self._task.update(self._done, self._total)
+            case "waiting_for_resources":
+                self._task.say(f"  waiting for {facts['needed']}; the cluster has {facts['available']} free")
+            case "unit_failed" | "replica_lost":
+                self._task.say(f"  {event['event'].replace('_', ' ')}: {facts['error']}")
+
+
+def describe_ranks(ranks: list[dict[str, Any]]) -> str:
+    """Return how the teacher's parameters lie over its ranks, in one line."""
+    parts = [
+        f"rank {rank['rank']} holds {rank['parameters_held'] / max(rank['parameters_total'], 1):.0%}" for rank in ranks
+    ]
+    replicated = sorted({name for rank in ranks for name in rank["replicated"]})
+    total = f"{count(ranks[0]['parameters_total'])} parameters: " if ranks else ""
+    more = f" and {len(replicated) - _SHOWN_NAMES} more" if len(replicated) > _SHOWN_NAMES else ""
+    whole = f"; whole on every rank: {', '.join(replicated[:_SHOWN_NAMES])}{more}" if replicated else ""
+    return f"  teacher of {total}{', '.join(parts)}{whole}"

@@ -1,0 +1,63 @@
+"""The student and its baseline."""
+
+from typing import Any
+
+from cluster.figures import count
+from cluster.progress import Shown
+from cluster.rundir import stage_key
+from cluster.workspace import Workspace
+from trainer.config import LossConfig, TrainConfig
+from trainer.result import TrainResult, recorded_result, run_facts
+
+BASELINE_LOSS = LossConfig(kl=0.0, ce=1.0, hidden=0.0)
+"""Hard labels only: what the same student learns without the teacher."""
+
+
+def train(work: Workspace, name: str) -> dict[str, Any]:
+    """Train `student`, or `baseline`: the same student, order and steps with hard labels only.
+
+    Starts Ray only when it is not trained yet. Returns the fields of `trainer.result.TrainResult`.
+    """
+    config = work.config
+    settings = config.train if name == "student" else config.train.model_copy(update={"loss": BASELINE_LOSS})
+    facts = run_facts(config.student, settings, config.curriculum, work.identity, work.samples.key)
+    with work.stage(name) as outcome, work.progress.task(f"Training the {name}", "steps") as task:
+        result = recorded_result(work.run.url, name, facts)
+        outcome.skipped = result is not None
+        if result is None:
+            result = _fit(work, name, settings, task)
+        task.note(f"loss {result.losses['loss']:.3f}, {count(result.tokens_per_s)} tokens/s")
+        outcome.facts = {"steps": result.steps, "order_digest": result.order_digest}
+    work.run.finish(name, stage_key(facts), result.to_json())
+    return result.to_json()
+
+
+def _fit(work: Workspace, name: str, settings: TrainConfig, task: Shown) -> TrainResult:
+    session = work.ray(task)
+    from trainer.runner import train_student
+
+    config = work.config
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event["event"] == "train_step":
+            note = f"loss {event['loss']:.3f}, {count(event['tokens_per_s'])} tokens/s"
+            task.update(event["step"], event["steps"], note)
+            return
+        if event["event"] == "train_start":
+            task.start_from(event["step"], event["steps"])
+        work.run.event(event["event"], **{key: value for key, value in event.items() if key != "event"})
+
+    return train_student(
+        student=config.student,
+        train=settings,
+        curriculum=config.curriculum,
+        dataset_url=config.cache.url,
+        identity=work.identity,
+        samples_url=work.samples.url,
+        run_dir=work.run.url,
+        name=name,
+        device=session.device,
+        on_event=on_event,
+        tokenizer_folder=work.model_folder,
+        verify_hashes=config.cache.verify_hashes,
+    )

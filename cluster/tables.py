@@ -1,0 +1,152 @@
+"""Results of commands as text for people, drawn with Rich."""
+
+from typing import TYPE_CHECKING, Any
+
+from cluster.figures import count, size
+from cluster.terminal import Terminal
+
+if TYPE_CHECKING:
+    from cluster.plan import Plan
+    from cluster.sample_view import SampleView
+
+
+def show_plan(out: Terminal, plan: "Plan") -> None:
+    """Print a plan."""
+    sources = _table("source", "split", "samples", "tokens", "supervised")
+    for source, splits in plan.sources.items():
+        for split, facts in splits.items():
+            numbers = (f"{facts[key]:,}" for key in ("samples", "tokens", "supervised"))
+            sources.add_row(source, split, *numbers)
+    out.show(sources)
+    basis = "as measured in this dataset" if plan.bytes_measured else "estimated"
+    facts = _facts()
+    facts.add_row(
+        "to be captured", f"{plan.samples:,} samples, {plan.tokens:,} tokens, {plan.supervised_tokens:,} supervised"
+    )
+    facts.add_row("cached already", f"{plan.cached_samples:,} samples")
+    facts.add_row(
+        "missing", f"{plan.missing_samples:,} samples, {plan.missing_tokens:,} tokens in {plan.units:,} units"
+    )
+    facts.add_row(
+        "expected size",
+        f"{size(plan.expected_bytes)} more ({plan.bytes_per_token:g} bytes per supervised token, {basis})",
+    )
+    facts.add_row("teacher-hours", _hours(plan))
+    passes = ", ".join(f"{times:.2f} × {name}" for name, times in plan.passes.items())
+    facts.add_row("training", f"{plan.steps:,} steps, {plan.train_samples:,} samples: {passes}")
+    out.show(facts)
+    for check in plan.checks:
+        out.say(f"  ✓ {check}")
+    for gap in plan.unknown:
+        out.say(f"  ? {gap}")
+
+
+def _hours(plan: "Plan") -> str:
+    if plan.teacher_hours is None:
+        return "unknown until a capture ran here; give a rate with --tokens-per-s"
+    cost = f", {plan.cost:,.2f} {plan.currency}" if plan.cost else ""
+    return f"{plan.teacher_hours:.3g} at {count(plan.tokens_per_s or 0)} tokens/s{cost}"
+
+
+def show_result(out: Terminal, figures: dict[str, Any]) -> None:
+    """Print what a run, or some of its stages, came to."""
+    if "eval" in figures:
+        out.show(_evaluation(figures["eval"]))
+    facts = _facts()
+    if "capture" in figures:
+        found = figures["capture"]
+        facts.add_row("captured", f"{found['scored_samples']:,} samples scored, {found['reused_samples']:,} reused")
+    for name in ("student", "baseline"):
+        if name in figures:
+            found = figures[name]
+            facts.add_row(name, f"{found['steps']:,} steps, {count(found['parameters'])} parameters, {found['path']}")
+    if "report" in figures:
+        facts.add_row("report", f"{figures['run_dir']}/report.html")
+    out.show(facts)
+
+
+def _evaluation(evaluation: dict[str, Any]) -> Any:
+    models = {name: evaluation[name] for name in ("teacher", "student", "baseline") if evaluation.get(name)}
+    sources = list(next(iter(models.values()))["loss"])
+    table = _table("held-out", *(f"loss {source}" for source in sources), "KL to teacher", "top-1 agrees", "ECE")
+    for name, entry in models.items():
+        losses = (f"{entry['loss'][source]:.4f}" for source in sources)
+        table.add_row(
+            name, *losses, f"{entry['kl_to_teacher']:.4f}", f"{entry['top1_agreement']:.1%}", f"{entry['ece']:.4f}"
+        )
+    return table
+
+
+def show_dataset(out: Terminal, facts: dict[str, Any]) -> None:
+    """Print what a dataset holds; see `inspect.describe_dataset`."""
+    identity = facts["identity"]
+    teacher, capture = identity["teacher"], identity["capture"]
+    rows = _facts()
+    rows.add_row("dataset", facts["url"])
+    rows.add_row("identity", facts["fingerprint"])
+    revision = f" at {teacher['revision']}" if teacher["revision"] else ""
+    rows.add_row(
+        "teacher",
+        f"{teacher['name']}{revision}: {teacher['architecture']}, {count(teacher['parameters'])} parameters, "
+        f"{identity['precision']}",
+    )
+    rows.add_row("tokenizer", f"{identity['tokenizer']['vocab_size']:,} ids, {identity['tokenizer']['digest'][:16]}…")
+    kept = {key: value for key, value in capture.items() if value not in (None, [], "") and key != "kind"}
+    rows.add_row("targets", f"{capture['kind']} {', '.join(f'{key} {value}' for key, value in kept.items())}")
+    again = f" ({facts['duplicates']} held twice)" if facts["duplicates"] else ""
+    rows.add_row(
+        "holds", f"{facts['samples']:,} samples{again}, {facts['tokens']:,} tokens in {facts['units']:,} units"
+    )
+    rows.add_row("size", f"{size(facts['bytes'])}, {facts['bytes_per_token']:.2f} bytes per supervised token")
+    out.show(rows)
+    columns = _table("column", "compressed", "share")
+    total = max(sum(facts["columns"].values()), 1)
+    for name, value in facts["columns"].items():
+        columns.add_row(name, size(value), f"{value / total:.1%}")
+    out.show(columns)
+
+
+def show_sample(out: Terminal, view: "SampleView") -> None:
+    """Print a sample, one token a line, with the teacher's first choices."""
+    from rich.text import Text
+
+    from cluster.sample_view import visible
+
+    out.say(f"sample {view.sample_id} · {view.source} · {len(view.tokens)} tokens")
+    out.say(
+        f"teacher: loss {view.teacher_nll:.3f} nats, entropy {view.teacher_entropy:.3f} nats, "
+        f"first choice right {view.agreement:.0%}"
+    )
+    table = _table("#", "token", "p(token)", "teacher's first choices", "tail", "entropy")
+    for token in view.tokens:
+        shown = Text(visible(token.text), style="bold green" if token.agrees else "")
+        if not token.supervised:
+            table.add_row(str(token.position), Text(visible(token.text), style="dim"), "", "", "", "")
+            continue
+        own = f"{token.probability:.3f}" if token.probability is not None else "in tail"
+        choices = "  ".join(f"{visible(choice.text)} {choice.probability:.3f}" for choice in token.choices)
+        bound = "≥ " if token.tail > 0 else ""
+        table.add_row(
+            str(token.position), shown, own, Text(choices), f"{token.tail:.3f}", f"{bound}{token.entropy:.2f}"
+        )
+    out.show(table)
+
+
+def _table(*columns: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+    for name in columns:
+        text = name in {"source", "split", "held-out", "column", "token", "teacher's first choices"}
+        table.add_column(name, justify="left" if text else "right")
+    return table
+
+
+def _facts() -> Any:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
