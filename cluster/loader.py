@@ -50,9 +50,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     values = parse_yaml(_read_text(path), path)
     if not isinstance(values, dict):
-        raise InputError(
-            f"{path}: a config is a mapping of sections ({', '.join(RunConfig.model_fields)}), not {_kind(values)}"
-        )
+        sections = ", ".join(RunConfig.model_fields)
+        raise InputError(f"{path}: a config is a mapping of sections ({sections}), this one is {_kind(values)}")
     for override in overrides:
         apply_override(values, override)
     return check_config(values, path)

@@ -20,6 +20,17 @@ _MIXTURE_BINS = 60
 
 
 @dataclass(frozen=True)
+class StudentToken:
+    """What the student said about one supervised token."""
+
+    probability: float
+    """Of the token itself."""
+    best: str
+    """Its own first choice."""
+    best_probability: float
+
+
+@dataclass(frozen=True)
 class ReportData:
     """What the HTML is drawn from; `summary` is report.json."""
 
@@ -31,6 +42,8 @@ class ReportData:
     columns: list[tuple[str, int]]
     """Compressed bytes of the dataset's columns, largest first."""
     samples: list[SampleView] = field(default_factory=list)
+    student: Mapping[str, list[StudentToken | None]] = field(default_factory=dict)
+    """What the student said about the tokens of each of these samples, by sample id."""
     config_text: str = ""
 
 
@@ -38,7 +51,7 @@ def collect(run: RunDir, config: RunConfig, dataset: Dataset, tokenizer: Tokeniz
     """Read what the stages of a run left behind. What has not run yet is left out, never guessed."""
     results = {stage: run.result(stage) or {} for stage in STAGES}
     curves = curves_of(run.lines(METRICS_KEY))
-    mixture = mixture_of(curves.get("student", []))
+    mixture = results["student"].get("mixture") or mixture_of(curves.get("student", []))
     summary = {
         "run": {"url": run.store.shown(), "seconds": stage_seconds(run)},
         "teacher": {key: results["teacher"].get(key) for key in ("name", "path", "fingerprint", "parameters")},
@@ -54,8 +67,10 @@ def collect(run: RunDir, config: RunConfig, dataset: Dataset, tokenizer: Tokeniz
         "cost": _cost(config, run),
     }
     raw = run.store.read_if_exists(RESOLVED_KEY) or b""
-    shown = sample_views(dataset, tokenizer, results["evaluate"].get("shown_ids", []))
-    return ReportData(summary, curves, mixture, column_bytes(dataset), shown, raw.decode())
+    shown = results["evaluate"].get("shown", [])
+    views = sample_views(dataset, tokenizer, [entry["sample_id"] for entry in shown])
+    student = {entry["sample_id"]: student_tokens(entry["tokens"], tokenizer) for entry in shown}
+    return ReportData(summary, curves, mixture, column_bytes(dataset), views, student, raw.decode())
 
 
 def curves_of(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -68,7 +83,7 @@ def curves_of(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def mixture_of(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return planned and realised shares of each source, averaged over at most 60 stretches of steps."""
+    """Return planned and realised shares of each source so far, for a run that has not ended yet."""
     rows = [line for line in curve if line.get("planned") and line.get("realised")]
     run = max(1, -(-len(rows) // _MIXTURE_BINS))
     result = []
@@ -100,6 +115,16 @@ def sample_views(dataset: Dataset, tokenizer: Tokenizer, sample_ids: list[str]) 
         return []
     samples, targets = dataset.read(kept)
     return [view_sample(samples, targets, row, tokenizer.token_text) for row in range(len(kept))]
+
+
+def student_tokens(tokens: list[dict[str, Any]], tokenizer: Tokenizer) -> list[StudentToken | None]:
+    """Return the student's side of `trainer.evaluation.token_views`; None for tokens that are not supervised."""
+    return [
+        StudentToken(token["student_p"], tokenizer.token_text(token["student_best"][0]), token["student_best"][1])
+        if token["supervised"]
+        else None
+        for token in tokens
+    ]
 
 
 def column_bytes(dataset: Dataset, most_units: int = 16) -> list[tuple[str, int]]:

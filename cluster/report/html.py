@@ -1,5 +1,6 @@
 """The report as one HTML file that needs no network and runs no script."""
 
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -7,7 +8,7 @@ from jinja2 import Environment, StrictUndefined
 
 from cluster.figures import duration
 from cluster.report.cards import cards
-from cluster.report.data import ReportData
+from cluster.report.data import ReportData, StudentToken
 from cluster.report.sections import sections
 from cluster.sample_view import SampleView, TokenView, visible
 
@@ -22,7 +23,7 @@ def render(data: ReportData, title: str, made: str) -> str:
         "lead": _lead(data),
         "cards": cards(data.summary),
         "sections": sections(data),
-        "samples": [_sample(view) for view in data.samples],
+        "samples": [_sample(view, data.student.get(view.sample_id) or []) for view in data.samples],
         "config": data.config_text,
         "footer": f"Made {made} by Lectern; stages ran for {duration(seconds)} in all. The same as data: report.json.",
     }
@@ -42,7 +43,8 @@ def _lead(data: ReportData) -> str:
     )
 
 
-def _sample(view: SampleView) -> dict[str, Any]:
+def _sample(view: SampleView, student: Sequence[StudentToken | None]) -> dict[str, Any]:
+    said = student if len(student) == len(view.tokens) else [None] * len(view.tokens)
     return {
         "sample_id": view.sample_id[:12],
         "source": view.source,
@@ -51,7 +53,10 @@ def _sample(view: SampleView) -> dict[str, Any]:
         "nll": f"{view.teacher_nll:.2f}",
         "entropy": f"{view.teacher_entropy:.2f}",
         "tokens": [_token(token) for token in view.tokens],
-        "rows": [_row(token) for token in view.tokens if token.supervised][:_MAX_ROWS],
+        "has_student": any(said),
+        "rows": [_row(token, own) for token, own in zip(view.tokens, said, strict=True) if token.supervised][
+            :_MAX_ROWS
+        ],
     }
 
 
@@ -70,12 +75,14 @@ def _token(token: TokenView) -> dict[str, Any]:
     }
 
 
-def _row(token: TokenView) -> dict[str, Any]:
+def _row(token: TokenView, student: StudentToken | None) -> dict[str, Any]:
     return {
         "position": token.position,
         "token": visible(token.text),
         "probability": _share(token.probability) if token.probability is not None else "tail",
         "choices": [(visible(choice.text), _share(choice.probability)) for choice in token.choices],
+        "student": None if student is None else (visible(student.best), _share(student.best_probability)),
+        "student_own": "" if student is None else _share(student.probability),
         "tail": _share(token.tail),
         "entropy": f"≥ {token.entropy:.2f}" if token.tail > 0 else f"{token.entropy:.2f}",
     }

@@ -1,8 +1,13 @@
 """Teacher, student and baseline on held-out text."""
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from cluster.rundir import stage_key
+from cluster.progress import Shown
+from cluster.rundir import RunDir, stage_key
 from cluster.selection import heldout_rows
 from cluster.stages.capture import open_dataset
 from cluster.workspace import Workspace
@@ -15,34 +20,77 @@ def evaluate(work: Workspace, names: list[str]) -> dict[str, Any]:
     """Score the trained models among `names` (`student`, `baseline`) and the teacher on the same held-out samples.
 
     Skipped when neither the models nor the samples have changed. Returns, for the teacher and each model,
-    `{loss: {source: …}, kl_to_teacher, top1_agreement, ece, …}`, and the ids of the samples that the report shows.
-    Raises InputError when there is no held-out sample, or none of them was captured.
+    `{loss: {source: …}, kl_to_teacher, top1_agreement, ece, …}`, and `shown`: what the student said about the samples
+    that the report shows. Raises InputError when there is no held-out sample or no trained model.
     """
     settings = work.config.evaluate
     rows = heldout_rows(work.samples, settings.samples_per_source)
     ids = {source: work.samples.ids(chosen) for source, chosen in rows.items() if len(chosen)}
     if not ids:
-        raise InputError("no held-out samples to evaluate on; set data.heldout_fraction above 0")
-    models = {name: work.run.result(name) or {} for name in names}
+        raise InputError("there are no held-out samples to evaluate on; raise data.heldout_fraction")
     key = stage_key(
         work.identity.fingerprint,
         {source: [sample_id.hex() for sample_id in chosen] for source, chosen in ids.items()},
-        {name: [model.get("order_digest"), model.get("losses"), model.get("path")] for name, model in models.items()},
+        {name: _trained(work.run, name) for name in names},
         settings.shown_samples,
     )
     with work.stage("evaluate") as outcome, work.progress.task("Evaluating on held-out text", "samples") as task:
-        known = work.run.result("evaluate", key)
-        if known is not None:
-            outcome.skipped = True
-            task.note("already evaluated")
-            return known
-        dataset = open_dataset(work)
-        result: dict[str, Any] = {"teacher": _teacher(dataset, ids)}
-        for n, name in enumerate(names):
-            task.update(n * sum(map(len, ids.values())), len(names) * sum(map(len, ids.values())), name)
-            result[name] = _model(work, name, dataset, ids)
-        result["shown_ids"] = [i.hex() for chosen in ids.values() for i in chosen[: settings.shown_samples]]
-        result["samples_per_source"] = {source: len(chosen) for source, chosen in ids.items()}
-        task.note("")
+        result = work.run.result("evaluate", key)
+        outcome.skipped = result is not None
+        if result is None:
+            result = _scores(work, names, ids, task)
+        task.note(", ".join(f"{name} {_mean(result[name]):.3f}" for name in ("teacher", *names)) + " nats")
     work.run.finish("evaluate", key, result)
     return result
+
+
+def _scores(work: Workspace, names: list[str], ids: Ids, task: Shown) -> dict[str, Any]:
+    from trainer.evaluation import evaluate_model, evaluate_teacher, token_views
+
+    dataset = open_dataset(work)
+    device = _device(work)
+    per_model = sum(len(chosen) for chosen in ids.values())
+    result: dict[str, Any] = {"teacher": evaluate_teacher(dataset, ids)}
+    shown = [sample_id for chosen in ids.values() for sample_id in chosen[: work.config.evaluate.shown_samples]]
+    for n, name in enumerate(names):
+
+        def on_progress(event: dict[str, Any], before: int = n * per_model, model: str = name) -> None:
+            task.update(before + event["done"], len(names) * per_model, model)
+
+        with local_model(work.run, name) as folder:
+            result[name] = evaluate_model(folder, dataset, ids, device, on_progress)
+            if name == "student" and shown:
+                result["shown"] = token_views(folder, dataset, shown, device)
+    return result
+
+
+def _device(work: Workspace) -> str:
+    """Evaluation runs in this process, on its own GPU where there is one."""
+    import torch
+
+    return "cuda" if work.config.cluster.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _trained(run: RunDir, name: str) -> list[Any]:
+    """What tells one trained model from another; InputError when it is not trained yet."""
+    result = run.result(name)
+    if result is None or not run.store.exists(f"{name}/config.json"):
+        raise InputError(f"no trained {name} in {run.store.shown()}; run `lectern train` first")
+    return [result["order_digest"], result["losses"], result["steps"]]
+
+
+@contextlib.contextmanager
+def local_model(run: RunDir, name: str) -> Iterator[Path]:
+    """Give the folder of an exported model; from an object store it is copied to a temporary one."""
+    if run.is_local:
+        yield Path(run.path(name))
+        return
+    with tempfile.TemporaryDirectory(prefix="lectern-model-") as folder:
+        for key in run.store.list(f"{name}/"):
+            (Path(folder) / key.rpartition("/")[2]).write_bytes(run.store.read(key))
+        yield Path(folder)
+
+
+def _mean(entry: dict[str, Any]) -> float:
+    losses = entry["loss"].values()
+    return float(sum(losses) / len(losses))
