@@ -165,8 +165,7 @@ class DistilModel(nn.Module):
 
     def _head(self, batch: Batch, states: Tensor | None) -> tuple[Tensor, Tensor]:
         if states is None:
-            logits = self.model(**_inputs(self.model, batch)).logits
-            return logits_loss(_rows(logits, batch.predictor), batch.targets, self.terms)
+            return logits_loss(predictor_logits(self.model, batch), batch.targets, self.terms)
         head = self.model.get_output_embeddings()
         if self.head_path == "module":
             return logits_loss(head(states), batch.targets, self.terms)
@@ -176,6 +175,11 @@ class DistilModel(nn.Module):
 def predictor_states(model: Any, batch: Batch) -> Tensor:
     """Return the input of the output head at the positions that predict supervised tokens, [P, width]."""
     return _rows(model.base_model(**_inputs(model, batch))[0], batch.predictor)
+
+
+def predictor_logits(model: Any, batch: Batch) -> Tensor:
+    """Return the model's logits at the positions that predict supervised tokens, [P, vocabulary]."""
+    return _rows(model(**_inputs(model, batch)).logits, batch.predictor)
 
 
 def _rows(values: Tensor, index: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Distillation losses. Each declares the kinds of targets that it accepts."""
 
-from trainer.losses.base import LossParts, SparseLoss, SparseTargets, require_kind
+from trainer.losses.base import EntryView, LossParts, SparseLoss, SparseTargets, require_kind
 from trainer.losses.head import HeadTerms, head_loss, logits_loss
 from trainer.losses.sparse_kl import ForwardKL
 
@@ -9,6 +9,7 @@ SPARSE_LOSSES: list[SparseLoss] = [ForwardKL()]
 
 __all__ = [
     "SPARSE_LOSSES",
+    "EntryView",
     "ForwardKL",
     "HeadTerms",
     "LossParts",

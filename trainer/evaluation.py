@@ -1,0 +1,233 @@
+"""Held-out evaluation from the cache: how well a student predicts the text, and how close it is to the teacher."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from storage.errors import InputError
+from storage.reader import Dataset
+from storage.samples import SampleBatch
+from storage.targets import TargetBatch
+from trainer.batches import make_batch
+from trainer.losses import EntryView, ForwardKL, SparseTargets
+from trainer.student import predictor_logits
+
+BINS = 15
+"""Confidence bins of the expected calibration error."""
+BATCH_TOKENS = 4096
+"""Padded tokens in one forward pass…"""
+LOGIT_BYTES = 256 << 20
+"""…or fewer, so that their float32 logits take no more than this."""
+SHOWN_CHOICES = 5
+"""Teacher's first choices told of each shown token."""
+THREADS = 2
+
+Scores = dict[str, Any]
+
+
+def evaluate_model(
+    model_folder: str | Path,
+    dataset: Dataset,
+    ids_by_source: Mapping[str, Sequence[bytes]],
+    device: str = "cpu",
+    on_progress: Any = None,
+) -> Scores:
+    """Score a model on held-out samples of the dataset.
+
+    Args:
+        model_folder: an `AutoModelForCausalLM` folder; it is run in float32.
+        dataset: holds the samples and what the teacher said about them.
+        ids_by_source: held-out sample ids of each source.
+        device: torch device.
+        on_progress: called with `{"event": "evaluate", "done": samples, "total": samples}`.
+
+    Returns:
+        `loss` {source: nats per supervised token}, `kl_to_teacher` (nats per token, from the stored targets),
+        `top1_agreement` (share of positions where model and teacher have the same first choice), `ece` (expected
+        calibration error of the first choice against the text, 15 bins) and `tokens` {source: supervised}.
+    """
+    model = _load(model_folder, device)
+    totals = _Totals()
+    total = sum(len(ids) for ids in ids_by_source.values())
+    done = 0
+    for source, samples, targets in _batches(dataset, ids_by_source, LOGIT_BYTES // (4 * model.config.get_text_config().vocab_size)):
+        batch = make_batch(samples, targets, dataset.identity.capture.kind).to(device)
+        with torch.inference_mode(), _threads():
+            totals.add(source, batch.targets, predictor_logits(model, batch))
+        done += len(samples)
+        if on_progress is not None:
+            on_progress({"event": "evaluate", "done": done, "total": total})
+    return totals.scores()
+
+
+def evaluate_teacher(dataset: Dataset, ids_by_source: Mapping[str, Sequence[bytes]]) -> Scores:
+    """Return the teacher's own scores on the samples, from what the dataset holds; needs no model.
+
+    Same keys as `evaluate_model`: `kl_to_teacher` is 0 and `top1_agreement` 1 by definition.
+    """
+    loss: dict[str, float] = {}
+    tokens: dict[str, int] = {}
+    bins = _Bins()
+    for source, samples, targets in _batches(dataset, ids_by_source):
+        positions = samples.num_supervised()
+        tokens[source] = tokens.get(source, 0) + int(positions.sum())
+        loss[source] = loss.get(source, 0.0) + float((targets.teacher_nll.astype(np.float64) * positions).sum())
+        sparse = make_batch(samples, targets, dataset.identity.capture.kind).targets
+        best, probability = first_choice(sparse)
+        bins.add(probability.numpy(), (best == sparse.label).numpy())
+    return {
+        "loss": {source: loss[source] / max(tokens[source], 1) for source in loss},
+        "kl_to_teacher": 0.0,
+        "top1_agreement": 1.0,
+        "ece": bins.error(),
+        "tokens": tokens,
+    }
+
+
+def token_views(
+    model_folder: str | Path, dataset: Dataset, sample_ids: Sequence[bytes], device: str = "cpu"
+) -> list[dict[str, Any]]:
+    """Return, for the report, what teacher and model said about the tokens of some samples.
+
+    One entry per sample: `{sample_id, source, tokens: [{id, supervised, teacher: [[id, p], …], tail, student:
+    [p, …], student_best: [id, p], student_p}]}`; `student` gives the model's probability of each of the teacher's
+    choices, `student_p` that of the token itself. Unsupervised tokens have only `id` and `supervised`.
+    """
+    model = _load(model_folder, device)
+    samples, targets = dataset.read(list(sample_ids))
+    views = []
+    for n in range(len(samples)):
+        one, own = samples.take([n]), targets.take([n])
+        batch = make_batch(one, own, dataset.identity.capture.kind).to(device)
+        with torch.inference_mode(), _threads():
+            probability = predictor_logits(model, batch).float().softmax(-1).cpu()
+        tokens = [{"id": int(t), "supervised": bool(s)} for t, s in zip(one.tokens, one.supervised, strict=True)]
+        for p, at in enumerate(np.flatnonzero(one.supervised)):
+            tokens[at].update(_told(batch.targets.positions(p, p + 1).to("cpu"), probability[p]))
+        views.append({"sample_id": one.ids()[0].hex(), "source": one.source[0], "tokens": tokens})
+    return views
+
+
+def first_choice(targets: SparseTargets) -> tuple[Tensor, Tensor]:
+    """Return the teacher's most probable entry of each position and its probability, int64 [P] and float32 [P]."""
+    counts = targets.entry_offsets.diff()
+    row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    # Sorted by position, then by falling probability: each position's first entry is its best.
+    order = torch.argsort(targets.logprob, descending=True, stable=True)
+    order = order[torch.argsort(row[order], stable=True)]
+    best = order[targets.entry_offsets[:-1]]
+    return targets.id[best], targets.logprob[best].exp()
+
+
+@dataclass
+class _Bins:
+    """Sums for the expected calibration error: in each confidence bin, hits and confidence."""
+
+    count: NDArray[np.float64] = field(default_factory=lambda: np.zeros(BINS))
+    hits: NDArray[np.float64] = field(default_factory=lambda: np.zeros(BINS))
+    confidence: NDArray[np.float64] = field(default_factory=lambda: np.zeros(BINS))
+
+    def add(self, confidence: NDArray[np.floating[Any]], hit: NDArray[np.bool_]) -> None:
+        """Add positions."""
+        bin_ = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+        self.count += np.bincount(bin_, minlength=BINS)
+        self.hits += np.bincount(bin_, weights=hit.astype(np.float64), minlength=BINS)
+        self.confidence += np.bincount(bin_, weights=confidence.astype(np.float64), minlength=BINS)
+
+    def error(self) -> float:
+        """Return Σ |hits − confidence| over the bins, per position."""
+        return float(np.abs(self.hits - self.confidence).sum() / max(self.count.sum(), 1.0))
+
+
+@dataclass
+class _Totals:
+    """Sums over positions."""
+
+    loss: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    kl: float = 0.0
+    agreements: int = 0
+    bins: _Bins = field(default_factory=_Bins)
+
+    def add(self, source: str, targets: SparseTargets, logits: Tensor) -> None:
+        """Add the positions of a batch of one source; logits [P, V]."""
+        logprob = logits.float().log_softmax(-1)
+        own = logprob.gather(1, targets.label[:, None])[:, 0]
+        counts = targets.entry_offsets.diff()
+        row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        divergence = ForwardKL().evaluate(EntryView(targets, row, logprob[row, targets.id])).value
+        confidence, guess = logprob.max(-1)
+        self.loss[source] = self.loss.get(source, 0.0) - float(own.double().sum())
+        self.tokens[source] = self.tokens.get(source, 0) + len(own)
+        self.kl += float(divergence.double().sum())
+        self.agreements += int((guess == first_choice(targets)[0]).sum())
+        self.bins.add(confidence.exp().cpu().numpy(), (guess == targets.label).cpu().numpy())
+
+    def scores(self) -> Scores:
+        """Return the averages."""
+        positions = max(sum(self.tokens.values()), 1)
+        return {
+            "loss": {source: self.loss[source] / max(self.tokens[source], 1) for source in self.loss},
+            "kl_to_teacher": self.kl / positions,
+            "top1_agreement": self.agreements / positions,
+            "ece": self.bins.error(),
+            "tokens": self.tokens,
+        }
+
+
+def _told(targets: SparseTargets, probability: Tensor) -> dict[str, Any]:
+    """Return what is shown of one supervised token; `probability` is the model's, [V]."""
+    best = torch.argsort(targets.logprob, descending=True, stable=True)[:SHOWN_CHOICES]
+    ids = targets.id[best].tolist()
+    guess = int(probability.argmax())
+    return {
+        "teacher": [[i, float(p)] for i, p in zip(ids, targets.logprob[best].exp(), strict=True)],
+        "tail": float(targets.tail_mass[0]),
+        "student": [float(probability[i]) for i in ids],
+        "student_best": [guess, float(probability[guess])],
+        "student_p": float(probability[int(targets.label[0])]),
+    }
+
+
+def _batches(
+    dataset: Dataset, ids_by_source: Mapping[str, Sequence[bytes]], most_tokens: int = BATCH_TOKENS
+) -> Iterator[tuple[str, SampleBatch, TargetBatch]]:
+    """Yield the samples of each source in batches of at most `most_tokens` and BATCH_TOKENS padded tokens."""
+    if not any(ids_by_source.values()):
+        raise InputError("there are no held-out samples to evaluate on; raise data.heldout_fraction")
+    for source, ids in ids_by_source.items():
+        if not ids:
+            continue
+        samples, targets = dataset.read(list(ids))
+        size = max(1, min(most_tokens, BATCH_TOKENS) // int(samples.lengths().max()))
+        for first in range(0, len(samples), size):
+            rows = list(range(first, min(first + size, len(samples))))
+            yield source, samples.take(rows), targets.take(rows)
+
+
+def _load(folder: str | Path, device: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no causal language model: {str(error).splitlines()[0]}") from error
+    return model.to(device).eval()
+
+
+@contextmanager
+def _threads() -> Iterator[None]:
+    """Use THREADS threads inside the context and put the number back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
