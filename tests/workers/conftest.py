@@ -29,11 +29,12 @@ class TinyRun:
         """The tokenizer of teacher and samples."""
         return Tokenizer.load(self.tokenizer_folder)
 
-    def model(self, model_type: str, width: int = 64) -> Path:
-        """Return the folder of a random teacher with this vocabulary, padded."""
-        folder = self.folder / f"{model_type}-{width}"
+    def model(self, model_type: str, width: int = 64, spread: float = 0.2) -> Path:
+        """Return the folder of a random teacher with this vocabulary, padded; `spread` is its weights' deviation."""
+        folder = self.folder / f"{model_type}-{width}-{spread}"
         if not folder.exists():
-            tiny_model(model_type, width=width, vocab_size=self.tokenizer.vocab_size + 8).save_pretrained(folder)
+            vocab_size = self.tokenizer.vocab_size + 8
+            tiny_model(model_type, width=width, vocab_size=vocab_size, spread=spread).save_pretrained(folder)
         return folder
 
     def cache(self, name: str, **settings: object) -> CacheConfig:
@@ -48,7 +49,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     from storage.embedded_text import embedded_documents
 
     folder = tmp_path_factory.mktemp("tiny-run")
-    documents = [text for _, text in zip(range(24), embedded_documents("general"), strict=False)]
+    documents = [text for _, text in zip(range(10), embedded_documents("general"), strict=False)]
     corpus = folder / "text.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
     data = DataConfig(sources=[SourceConfig(name="general", path=str(corpus))], window_tokens=96, heldout_fraction=0.1)

@@ -94,7 +94,8 @@ def test_float32_targets_match_plain_transformers(
 
 
 def test_bfloat16_targets_stay_close(tiny_run: TinyRun) -> None:
-    folder = tiny_run.model("qwen2", 256)
+    # Logits of a few nats, like a trained model's: bfloat16 has an error relative to their size.
+    folder = tiny_run.model("qwen2", 256, spread=0.05)
     teacher = TeacherConfig(name=str(folder), dtype="bfloat16", sharding="none", ranks=1)
     cache = tiny_run.cache("bfloat16", kind="topk", top_k=8)
     _, identity = run_capture(tiny_run, folder, teacher, cache)

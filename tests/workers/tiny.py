@@ -32,7 +32,9 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(model_type: str, seed: int = 0, width: int = 32, vocab_size: int = PADDED_SIZE) -> nn.Module:
+def tiny_model(
+    model_type: str, seed: int = 0, width: int = 32, vocab_size: int = PADDED_SIZE, spread: float = 0.2
+) -> nn.Module:
     """Return a random causal language model of two layers whose vocabulary is padded."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
@@ -43,7 +45,7 @@ def tiny_model(model_type: str, seed: int = 0, width: int = 32, vocab_size: int 
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=256,
-        initializer_range=0.2,
+        initializer_range=spread,
         **TINY[model_type],
     )
     return AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-any-return]
