@@ -88,6 +88,7 @@ def make_plan(config: RunConfig, run: RunDir, tokens_per_s: float | None = None)
     """
     checks: list[str] = []
     unknown: list[str] = []
+    run.probe()
     tokenizer = _tokenizer(config, checks)
     samples = prepare_samples(config.data, tokenizer, run.path("samples"))
     check_curriculum(config, samples)

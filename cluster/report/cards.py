@@ -88,7 +88,7 @@ def _capture(capture: dict[str, Any]) -> Card | None:
     if not capture.get("tokens_per_s"):
         return None
     efficiency = capture.get("efficiency")
-    note = f"{100 * efficiency:.0f}% of the bare forward's rate" if efficiency else ""
+    note = f"{100 * efficiency:.0f}% of the work is forward passes" if efficiency else ""
     return _card("Capture", count(capture["tokens_per_s"]), "tokens/s", note)
 
 

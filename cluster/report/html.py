@@ -34,9 +34,8 @@ def render(data: ReportData, title: str, made: str) -> str:
 
 
 def _lead(data: ReportData) -> str:
-    summary = data.summary
-    teacher = summary["teacher"]["name"] or "the teacher"
-    cache = summary["cache"]
+    name, cache = data.summary["teacher"]["name"], data.summary["cache"]
+    teacher = "the embedded teacher" if name == "embedded" else name or "its teacher"
     return (
         f"A student distilled from {teacher} through {cache['samples']:,} cached samples "
         f"({cache['tokens']:,} tokens, {cache['kind']} targets)."

@@ -16,6 +16,7 @@ _COLOURS = {"teacher": "var(--teacher)", "student": "var(--student)", "baseline"
 _PALETTE = [f"var(--{name})" for name in ("one", "two", "three", "four", "six", "five")]
 _SMOOTHING_SHARE = 0.04
 _SHOWN_COLUMNS = 7
+_SHOWN_NAMES = 4
 
 
 def sections(data: ReportData) -> list[Section]:
@@ -178,15 +179,16 @@ def _run(data: ReportData) -> Section:
     rows = []
     if capture.get("forward_tokens_per_s"):
         rows.append(["capture, tokens/s", f"{capture['tokens_per_s']:,.0f}"])
-        rows.append(["forward pass alone, tokens/s", f"{capture['forward_tokens_per_s']:,.0f}"])
+        rows.append(["forward pass, tokens/s", f"{capture['forward_tokens_per_s']:,.0f}"])
     for rank in capture.get("ranks") or []:
         share = rank["parameters_held"] / max(rank["parameters_total"], 1)
         rows.append([f"teacher rank {rank['rank']}", f"{count(rank['parameters_held'])} parameters, {share:.0%}"])
     replicated = sorted({name for rank in capture.get("ranks") or [] for name in rank.get("replicated") or []})
     if replicated:
-        rows.append(["whole on every rank", ", ".join(replicated)])
+        more = f" and {len(replicated) - _SHOWN_NAMES} more" if len(replicated) > _SHOWN_NAMES else ""
+        rows.append(["whole on every rank", ", ".join(replicated[:_SHOWN_NAMES]) + more])
     if summary["train"].get("order_digest"):
-        rows.append(["digest of the sample order", str(summary["train"]["order_digest"])])
+        rows.append(["order of samples", str(summary["train"]["order_digest"])])
     cap = f" of at most {cost['cap']:,.2f}" if cost["cap"] else ""
     rows.append(["cost", f"{cost['spent']:,.2f} {cost['currency']}{cap}"])
     figures = [
