@@ -25,11 +25,16 @@ class Task:
         self.note = ""
         self._clock = clock
         self.started = clock()
+        self._moving = False
         self._seen: list[tuple[float, float]] = [(self.started, 0.0)]
 
     def advance_to(self, done: float, total: float | None = None, note: str | None = None) -> None:
         """Set how much is done; what is not given stays."""
         now = self._clock()
+        if not self._moving and done > self.done:
+            # What came before the first report was getting ready, not work at this rate.
+            self._moving = True
+            self._seen = [(now, done)]
         self.done = done
         self.total = total if total is not None else self.total
         self.note = note if note is not None else self.note

@@ -45,10 +45,20 @@ def test_what_an_earlier_run_did_is_not_in_the_rate() -> None:
     task = Task("Training", "steps", clock)
     clock.now += 5
     task.start_from(80, 100)
-    clock.now += 10
-    task.advance_to(90)
+    for done in (85, 90):
+        clock.now += 5
+        task.advance_to(done)
     assert task.rate == pytest.approx(1)
     assert task.seconds_left == pytest.approx(10)
+
+
+def test_getting_ready_is_not_in_the_rate() -> None:
+    clock = Clock()
+    task = Task("Training", "steps", clock)
+    for seconds, done in ((60, 1), (2, 3), (2, 5)):
+        clock.now += seconds
+        task.advance_to(done, 100)
+    assert task.rate == pytest.approx(1)
 
 
 def test_without_a_total_no_time_left_is_made_up() -> None:
