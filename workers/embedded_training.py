@@ -62,7 +62,7 @@ def train_teacher(
         embedded_model_config(teacher, tokenizer), experts_implementation="grouped_mm", attn_implementation="sdpa"
     )
     started = time.perf_counter()
-    steps = max(1, teacher.train_tokens // STEP_TOKENS)
+    steps = max(1, teacher.train_tokens // (windows_per_step(teacher) * teacher.window_tokens))
     tokens = _train(model, samples, batch_rows(samples, teacher, steps), on_progress)
     seconds = time.perf_counter() - started
     losses = {name: heldout_loss(model, samples, name) for name in samples.source_names}
@@ -111,12 +111,17 @@ def embedded_model_config(teacher: EmbeddedTeacherConfig, tokenizer: Tokenizer) 
 
 def batch_rows(samples: SampleSet, teacher: EmbeddedTeacherConfig, steps: int) -> Iterator[Int64Array]:
     """Yield the sample rows of each step: sources mixed evenly, none beyond `MAX_PASSES`, each pass in a new order."""
-    per_step = max(1, STEP_TOKENS // teacher.window_tokens)
+    per_step = windows_per_step(teacher)
     drawn = steps * per_step
     rng = np.random.default_rng(teacher.seed)
     pools = [samples.rows("train", name) for name in samples.source_names]
     sequence = np.concatenate([_passes(pool, n, rng) for pool, n in zip(pools, shares(pools, drawn), strict=True)])
     yield from rng.permutation(sequence).reshape(steps, per_step)
+
+
+def windows_per_step(teacher: EmbeddedTeacherConfig) -> int:
+    """Return the samples of one optimizer step."""
+    return max(1, STEP_TOKENS // teacher.window_tokens)
 
 
 def shares(pools: list[Int64Array], drawn: int) -> list[int]:

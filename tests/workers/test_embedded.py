@@ -22,7 +22,7 @@ from workers.config import EmbeddedTeacherConfig
 from workers.embedded import END_OF_TEXT, ensure_teacher, ensure_tokenizer, find_teacher
 from workers.embedded_training import MAX_PASSES, batch_rows, learning_rate_scale, shares
 
-TINY = EmbeddedTeacherConfig(vocab_size=320, hidden_size=32, layers=2, window_tokens=64, train_tokens=16_000)
+TINY = EmbeddedTeacherConfig(vocab_size=320, hidden_size=32, layers=2, window_tokens=64, train_tokens=60_000)
 
 
 @pytest.fixture
@@ -152,37 +152,43 @@ def test_cache_folder_that_cannot_be_written_is_named(data: DataConfig, monkeypa
 _BUILD = """
 import sys
 from storage.config import DataConfig
-from tests.workers.test_embedded import TINY
+from workers.config import EmbeddedTeacherConfig
 from workers.embedded import ensure_teacher
 
 def show(event):
     if event.get("stage") == "teacher":
         print("step" if "step" in event else "waiting", flush=True)
 
-print(ensure_teacher(TINY, DataConfig.model_validate_json(sys.argv[1]), show), flush=True)
+teacher, data = EmbeddedTeacherConfig.model_validate_json(sys.argv[1]), DataConfig.model_validate_json(sys.argv[2])
+print(ensure_teacher(teacher, data, show), flush=True)
 """
 
 
-def start_build(data: DataConfig) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-c", _BUILD, data.model_dump_json()], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
-    )
+def start_build(teacher: EmbeddedTeacherConfig, data: DataConfig) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", _BUILD, teacher.model_dump_json(), data.model_dump_json()]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def next_line(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
 
 
 @pytest.mark.slow
 def test_two_at_once_build_one_and_a_killed_one_leaves_nothing_behind(data: DataConfig) -> None:
-    first = start_build(data)
-    assert first.stdout is not None
-    assert first.stdout.readline() == "step\n"
-    second = start_build(data)
-    assert second.stdout is not None
-    assert second.stdout.readline() == "waiting\n"
+    teacher = TINY.model_copy(update={"train_tokens": 200_000})
+    first = start_build(teacher, data)
+    assert next_line(first) == "step"
+    first.send_signal(signal.SIGSTOP)
+    second = start_build(teacher, data)
+    assert next_line(second) == "waiting"
+    assert find_teacher(teacher, data) is None
     first.send_signal(signal.SIGKILL)
     first.wait()
-    assert find_teacher(TINY, data) is None
-    third = start_build(data)
+    assert next_line(second) == "step"
+    third = start_build(teacher, data)
     outputs = [process.communicate(timeout=120)[0].split() for process in (second, third)]
-    folder = find_teacher(TINY, data)
+    folder = find_teacher(teacher, data)
     assert [output[-1] for output in outputs] == [str(folder), str(folder)]
-    assert ["step" in output for output in outputs] == [True, False]
+    assert "step" not in outputs[1]
     assert not list(Path(os.environ["LECTERN_CACHE"]).glob("*.draft"))
