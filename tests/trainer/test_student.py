@@ -1,0 +1,127 @@
+"""Building students, their checks, and the module that turns batches into losses."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from storage.errors import InputError
+from tests.storage.tiny_tokenizers import write_tokenizer
+from tests.trainer.tiny import QWEN2, TinyRun
+from trainer.batches import Batch, make_batch
+from trainer.config import LossConfig, StudentConfig
+from trainer.feed import channel_variance
+from trainer.losses.hidden import HiddenTransfer
+from trainer.student import DistilModel, build_student, examine, resolve_student
+
+
+def fresh(run: TinyRun, **fields: object) -> nn.Module:
+    config = StudentConfig.model_validate({"config": {**QWEN2, **fields}})
+    return build_student(config, None, run.identity)
+
+
+def batch_of(run: TinyRun, rows: slice, layers: tuple[str, ...] = ()) -> Batch:
+    samples, targets = run.dataset.read(run.dataset.catalog.sample_ids[rows])
+    return make_batch(samples, targets, run.identity.capture.kind, layers)
+
+
+def test_fresh_students_depend_on_their_seed_alone(hybrid_run: TinyRun) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, second = fresh(hybrid_run), fresh(hybrid_run)
+    assert torch.equal(torch.get_rng_state(), before)
+    other = build_student(StudentConfig(config=QWEN2, seed=1), None, hybrid_run.identity)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not torch.equal(next(first.parameters()), next(other.parameters()))
+    assert first.config.vocab_size == hybrid_run.identity.tokenizer.vocab_size
+
+
+def test_a_vocabulary_that_is_too_small_is_refused(hybrid_run: TinyRun) -> None:
+    with pytest.raises(InputError, match=r"vocabulary has 100 entries, but the dataset's tokenizer needs \d+"):
+        resolve_student(StudentConfig(config={**QWEN2, "vocab_size": 100}), hybrid_run.identity)
+    assert resolve_student(StudentConfig(config=QWEN2), hybrid_run.identity) is None
+
+
+def test_a_config_that_makes_no_model_is_refused(hybrid_run: TinyRun) -> None:
+    with pytest.raises(InputError, match=r"student.config is not a transformers config"):
+        resolve_student(StudentConfig(config={"model_type": "no-such-model"}), hybrid_run.identity)
+
+
+def test_a_student_from_a_folder_needs_the_tokenizer_of_the_dataset(hybrid_run: TinyRun, tmp_path: Path) -> None:
+    fresh(hybrid_run).save_pretrained(tmp_path)
+    config = StudentConfig(path=str(tmp_path))
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        resolve_student(config, hybrid_run.identity)
+    write_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="is not the one that the dataset was captured with"):
+        resolve_student(config, hybrid_run.identity)
+    (tmp_path / "tokenizer.json").write_bytes((hybrid_run.tokenizer_folder / "tokenizer.json").read_bytes())
+    folder = resolve_student(config, hybrid_run.identity)
+    loaded = build_student(config, folder, hybrid_run.identity)
+    assert torch.equal(next(loaded.parameters()), next(fresh(hybrid_run).parameters()))
+
+
+def test_a_folder_that_is_not_there_is_refused(hybrid_run: TinyRun) -> None:
+    with pytest.raises(InputError, match=r"student.path \./nowhere is no folder"):
+        resolve_student(StudentConfig(path="./nowhere"), hybrid_run.identity)
+
+
+def test_examine_finds_widths_and_the_way_to_the_logits(hybrid_run: TinyRun) -> None:
+    model = fresh(hybrid_run)
+    assert examine(model, ["final", "model.layers.0"], 2).widths == {"final": 32, "model.layers.0": 32}
+    assert examine(model, [], 2).head_path == "fused"
+    assert examine(model, [], 3).head_path == "module"
+    gemma = {"model_type": "gemma2", "final_logit_softcapping": 5.0, "head_dim": 8, "initializer_range": 1.0}
+    assert examine(fresh(hybrid_run, **gemma), [], 2).head_path == "model"
+    with pytest.raises(InputError, match=r"no layer 'model.layers.9'; .*model.layers.0"):
+        examine(model, ["model.layers.9"], 2)
+
+
+@pytest.mark.parametrize("loss", [LossConfig(kl=0.9, ce=0.1), LossConfig(kl=0.0, ce=1.0)])
+def test_the_three_ways_to_the_logits_agree(hybrid_run: TinyRun, loss: LossConfig) -> None:
+    batch = batch_of(hybrid_run, slice(0, 6))
+    assert batch.attention is not None
+    results = []
+    for path in ("fused", "module", "model"):
+        module = DistilModel(fresh(hybrid_run), loss, path, None)
+        total, terms = module(batch)
+        total.backward()
+        results.append([total.detach()[None], terms, *(p.grad.flatten() for p in module.parameters())])
+    for other in results[1:]:
+        for found, expected in zip(other, results[0], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert float(results[0][1][1]) == 0 if loss.kl == 0 else float(results[0][1][1]) > 0
+
+
+def hidden_model(run: TinyRun, path: str = "fused") -> DistilModel:
+    loss = LossConfig(kl=0.5, ce=0.2, hidden=0.3, hidden_map={"final": "final", "model.layers.1": "model.layers.0"})
+    variance = channel_variance(run.dataset, run.dataset.catalog.sample_ids[:8], list(loss.hidden_map))
+    torch.manual_seed(0)
+    return DistilModel(fresh(run), loss, path, HiddenTransfer(dict.fromkeys(loss.hidden_map, (32, 24)), variance))
+
+
+@pytest.mark.parametrize("path", ["fused", "model"])
+def test_hidden_states_are_compared_in_units_of_the_teachers_variance(hidden_run: TinyRun, path: str) -> None:
+    layers = ("final", "model.layers.1")
+    batch = batch_of(hidden_run, slice(0, 6), layers)
+    module = hidden_model(hidden_run, path)
+    total, terms = module(batch)
+    total.backward()
+    hard, soft, states = terms.tolist()
+    assert float(total) == pytest.approx(0.2 * hard + 0.5 * soft + 0.3 * states, rel=1e-5)
+    # The teacher's states have variance 4 and the fresh student says next to nothing of them.
+    assert states / batch.num_supervised == pytest.approx(1.0, abs=0.3)
+    assert all(p.grad.abs().sum() > 0 for p in module.transfer.parameters())
+
+
+def test_splitting_a_batch_changes_neither_loss_nor_gradient(hidden_run: TinyRun) -> None:
+    layers = ("final", "model.layers.1")
+    gradients = []
+    for size in (6, 3, 2, 1):
+        module = hidden_model(hidden_run)
+        for first in range(0, 6, size):
+            module(batch_of(hidden_run, slice(first, first + size), layers))[0].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in module.parameters()]))
+    for other in gradients[1:]:
+        assert float((other - gradients[0]).norm() / gradients[0].norm()) < 1e-5
