@@ -109,7 +109,7 @@ def random_qwen2() -> nn.Module:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        return Qwen2ForCausalLM(config).eval()
+        return Qwen2ForCausalLM(config).eval()  # type: ignore[no-any-return]
     finally:
         torch.set_default_dtype(before)
 
@@ -207,7 +207,7 @@ def random_identity(name: str, vocab_size: int, options: Options) -> DatasetIden
         tokenizer=TokenizerIdentity(digest="0" * 64, vocab_size=vocab_size),
         precision="bfloat16",
         capture=CaptureIdentity(
-            kind=options.kind,  # type: ignore[arg-type]
+            kind=options.kind,
             top_k=options.top_k,
             draws=options.draws if sampled else None,
             seed=0 if sampled else None,
