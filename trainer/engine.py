@@ -99,6 +99,17 @@ def quiet_deepspeed() -> None:
     logger.setLevel(logging.WARNING)
 
 
+def gradient_norm(engine: Any) -> float | None:
+    """Return the norm of the gradients before clipping; call after the last backward pass of a step, before `step`.
+
+    None where the engine computes it within the step; then `engine.get_global_grad_norm` has it afterwards.
+    """
+    if engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled():
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
 def set_learning_rate(engine: Any, value: float) -> None:
     """Set the learning rate of the next optimizer step."""
     for group in engine.optimizer.param_groups:

@@ -57,7 +57,9 @@ def evaluate_model(
     totals = _Totals()
     total = sum(len(ids) for ids in ids_by_source.values())
     done = 0
-    for source, samples, targets in _batches(dataset, ids_by_source, LOGIT_BYTES // (4 * model.config.get_text_config().vocab_size)):
+    for source, samples, targets in _batches(
+        dataset, ids_by_source, LOGIT_BYTES // (4 * model.config.get_text_config().vocab_size)
+    ):
         batch = make_batch(samples, targets, dataset.identity.capture.kind).to(device)
         with torch.inference_mode(), _threads():
             totals.add(source, batch.targets, predictor_logits(model, batch))

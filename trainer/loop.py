@@ -22,7 +22,7 @@ from storage.samples import UInt8Array
 from trainer import checkpoint
 from trainer.config import CurriculumConfig, StudentConfig, TrainConfig
 from trainer.curriculum import planned_shares
-from trainer.engine import Device, Place, prepare_process, set_learning_rate, start_engine
+from trainer.engine import Device, Place, gradient_norm, prepare_process, set_learning_rate, start_engine
 from trainer.export import export_model
 from trainer.feed import Feed, StepData, channel_variance, step_loader
 from trainer.losses.hidden import HiddenTransfer
@@ -190,6 +190,7 @@ class _Rank:
         sums = torch.zeros(4, dtype=torch.float64)
         bad: list[bytes] = []
         losses: dict[str, float] = {}
+        norm: float | None = None
         for n, batch in enumerate(data.batches):
             total, terms = self.engine(batch.to(self.place.torch_device))
             self.engine.backward(total * factor, scale_wrt_gas=False)
@@ -198,8 +199,9 @@ class _Rank:
             bad += batch.ids if not torch.isfinite(values).all() else []
             if n + 1 == len(data.batches):
                 losses = self._reduce(step, sums, num_supervised, bad)
+                norm = gradient_norm(self.engine)
             self.engine.step()
-        losses["grad_norm"] = self._gradient_norm(step, data)
+        losses["grad_norm"] = self._checked_norm(step, data, norm)
         return losses
 
     def _reduce(self, step: int, sums: Tensor, num_supervised: int, bad: list[bytes]) -> dict[str, float]:
@@ -210,9 +212,8 @@ class _Rank:
         loss, cross_entropy, kl, hidden = (sums / max(num_supervised, 1)).tolist()
         return {"loss": loss, "ce": cross_entropy, "kl": kl, "hidden": hidden}
 
-    def _gradient_norm(self, step: int, data: StepData) -> float:
-        norm = self.engine.get_global_grad_norm()
-        value = 0.0 if norm is None else float(norm)
+    def _checked_norm(self, step: int, data: StepData, before_step: float | None) -> float:
+        value = float(self.engine.get_global_grad_norm() if before_step is None else before_step)
         # float16 meets overflows while its loss scale settles, and skips those steps by itself.
         if not np.isfinite(value) or value < 0:
             if self.train.dtype == "float16":

@@ -1,0 +1,112 @@
+"""The loop on real ranks with DeepSpeed: the same numbers for any split, exact resume, errors that stop all ranks."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from storage.object_store import Store
+from tests.trainer.ranks import loop_spec, metrics_of, run_ranks
+from tests.trainer.tiny import TinyRun
+from trainer.checkpoint import newest
+from trainer.loop import planned_order
+
+pytestmark = pytest.mark.slow
+
+HIDDEN = {
+    "loss": {"kl": 0.5, "ce": 0.2, "hidden": 0.3, "hidden_map": {"final": "final", "model.layers.1": "model.layers.0"}}
+}
+
+
+def weights(run_dir: Path) -> torch.Tensor:
+    state = load_file(run_dir / "student" / "model.safetensors")
+    return torch.cat([state[name].float().flatten() for name in sorted(state)])
+
+
+def curve(run_dir: Path, key: str = "loss") -> np.ndarray:
+    return np.array([line[key] for line in metrics_of(run_dir)])
+
+
+@pytest.fixture(scope="module")
+def unsplit(hidden_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("unsplit")
+    run_ranks(without_dropout(hidden_run, run_dir, micro_batch_size=8, zero_stage=0))
+    return run_dir
+
+
+def without_dropout(run: TinyRun, run_dir: Path, **train: object):
+    spec = loop_spec(run, run_dir, **{"clip_norm": 0.25, **HIDDEN, **train})
+    config = {**spec.student.config, "attention_dropout": 0.0}
+    return replace(spec, student=spec.student.model_copy(update={"config": config}))
+
+
+@pytest.mark.parametrize(("workers", "micro", "stage"), [(1, 2, 1), (2, 4, 2), (2, 1, 0), (2, 2, 3)])
+def test_any_split_and_stage_gives_the_same_curve(
+    hidden_run: TinyRun, unsplit: Path, tmp_path: Path, workers: int, micro: int, stage: int
+) -> None:
+    spec = without_dropout(hidden_run, tmp_path, workers=workers, micro_batch_size=micro, zero_stage=stage)
+    figures = run_ranks(spec)
+    assert figures["digest"] == planned_order(hidden_run.samples, spec.curriculum, spec.train).digest().hex()
+    for key in ("loss", "ce", "kl", "hidden", "grad_norm"):
+        np.testing.assert_allclose(curve(tmp_path, key), curve(unsplit, key), rtol=1e-5, err_msg=key)
+    assert curve(unsplit, "grad_norm").min() > 0.25  # clipping is at work
+    # Adam divides by the gradient's own size, so rounding shows where a gradient is next to nothing.
+    np.testing.assert_allclose(weights(tmp_path), weights(unsplit), atol=2e-5)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_resumed_run_is_the_unbroken_one(hidden_run: TinyRun, tmp_path: Path, stage: int) -> None:
+    train = {"workers": 2, "zero_stage": stage, "micro_batch_size": 2, "dtype": "bfloat16", **HIDDEN}
+    whole = run_ranks(loop_spec(hidden_run, tmp_path / "whole", **train))
+    assert (whole["resumed_from"], whole["step"]) == (0, 6)
+    store = Store(tmp_path / "whole" / "checkpoints" / "student")
+    name, position = newest(store)
+    assert (name, position.step) == ("checkpoint_000004", 4)
+    (tmp_path / "broken").mkdir()
+    before = list((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines(keepends=True))[:5]
+    (tmp_path / "broken" / "metrics.jsonl").write_text("".join(before))  # step 5 was logged but not kept
+    resumed = run_ranks(loop_spec(hidden_run, tmp_path / "broken", **train), resume=Path(store.url) / name)
+    assert resumed["resumed_from"] == 4
+    assert resumed["digest"] == whole["digest"]
+    assert resumed["tokens"] == whole["tokens"]
+    assert [line["step"] for line in metrics_of(tmp_path / "broken")] == [1, 2, 3, 4, 5, 6]
+    for key in ("loss", "grad_norm", "lr"):
+        np.testing.assert_array_equal(curve(tmp_path / "broken", key), curve(tmp_path / "whole", key))
+    assert torch.equal(weights(tmp_path / "broken"), weights(tmp_path / "whole"))
+
+
+def test_bfloat16_training_adds_updates_to_float32_masters(hybrid_run: TinyRun, tmp_path: Path) -> None:
+    """Steps far below bfloat16's resolution add up in the masters and would be lost in the weights themselves."""
+    train = {"dtype": "bfloat16", "learning_rate": 2e-5, "weight_decay": 0.0, "warmup_steps": 0, "checkpoint_every": 5}
+    run_ranks(loop_spec(hybrid_run, tmp_path, **train, steps=40, final_learning_rate_fraction=1.0))
+    losses = curve(tmp_path)
+    assert losses[-5:].mean() < losses[:5].mean() - 0.01
+    exported = load_file(tmp_path / "student" / "model.safetensors")
+    assert {tensor.dtype for tensor in exported.values()} == {torch.bfloat16}
+
+
+def test_a_loss_that_is_not_a_number_stops_all_ranks_and_names_step_and_samples(
+    hybrid_run: TinyRun, tmp_path: Path
+) -> None:
+    spec = loop_spec(hybrid_run, tmp_path, workers=2, learning_rate=1e30, clip_norm=1e30, warmup_steps=0)
+    name, message = run_ranks(spec)["error"]
+    assert name == "WorkerError"
+    assert "step 2 is not finite" in message
+    order = planned_order(hybrid_run.samples, spec.curriculum, spec.train)
+    assert any(row.tobytes().hex() in message for row in order.step(1))
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_damaged_shard_stops_all_ranks_with_its_own_error(hybrid_run: TinyRun, tmp_path: Path) -> None:
+    copy = Store(tmp_path / "dataset")
+    source = Store(hybrid_run.dataset_url)
+    for key in source.list():
+        data = source.read(key)
+        copy.write(key, data[:-1] + b"\0" if key.startswith("data/unit1") else data)
+    spec = replace(loop_spec(hybrid_run, tmp_path, workers=2), dataset_url=copy.url)
+    name, message = run_ranks(spec)["error"]
+    assert name == "IntegrityError"
+    assert "unit1" in message
