@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import tempfile
@@ -71,7 +72,8 @@ def _reaper(mark: dict[str, str]) -> Iterator[None]:
         yield
         return
     ((name, value),) = mark.items()
-    command = [sys.executable, "-I", "-S", reaper.__file__, f"{name}={value}", str(_REAPER_GRACE_S)]
+    session = [f"{name}={value}", str(os.getpid()), str(_REAPER_GRACE_S)]
+    command = [sys.executable, "-I", "-S", reaper.__file__, *session]
     environment = {key: text for key, text in os.environ.items() if key != name}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
     try:
@@ -83,6 +85,7 @@ def _reaper(mark: dict[str, str]) -> Iterator[None]:
 def _start(ray: Any, cluster: ClusterConfig, num_ranks: int) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     if cluster.address != "local":
+        _check_reachable(cluster.address)
         try:
             ray.init(address=cluster.address, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -104,6 +107,20 @@ def _start(ray: Any, cluster: ClusterConfig, num_ranks: int) -> None:
     except (OSError, RuntimeError, ValueError, TimeoutError) as error:
         raise StorageError(
             f"Ray did not start on this machine: {error}; see {Path(tempfile.gettempdir()) / 'ray'} for its logs"
+        ) from error
+
+
+def _check_reachable(address: str) -> None:
+    """Fail at once where nothing listens: Ray itself would keep trying for minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or "://" in address or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise InputError(
+            f"cluster.address {address}: nothing can be reached there ({error}); start a cluster with "
+            "`ray up ray_cluster.yaml`, or set cluster.address to local"
         ) from error
 
 

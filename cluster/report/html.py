@@ -64,7 +64,8 @@ def _token(token: TokenView) -> dict[str, Any]:
         return {"text": token.text, "css": "given", "wash": "", "title": "", "opens": token.opens_document}
     told = ", ".join(f"{visible(choice.text)} {_share(choice.probability)}" for choice in token.choices)
     own = _share(token.probability) if token.probability is not None else f"in the tail ({_share(token.tail)})"
-    wash = 0.5 * (token.probability or 0.0)
+    # Steeper at first, so that what was merely likely can be told from what was not.
+    wash = 0.6 * (token.probability or 0.0) ** 0.6
     return {
         "text": token.text,
         "css": "hit" if token.agrees else "",

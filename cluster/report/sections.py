@@ -113,7 +113,7 @@ def _lines(data: ReportData, key: str) -> list[Series]:
     for name, curve in data.curves.items():
         colour = _COLOURS.get(name, "var(--one)")
         points = [(float(line["step"]), float(line[key])) for line in curve if line.get(key) is not None]
-        window = max(1, round(len(points) * _SMOOTHING_SHARE))
+        window = 2 * round(len(points) * _SMOOTHING_SHARE / 2) + 1
         if window > 1:
             lines.append(Series(name, colour, points, faint=True))
         lines.append(Series(name, colour, smooth(points, window)))
@@ -122,9 +122,9 @@ def _lines(data: ReportData, key: str) -> list[Series]:
 
 def _mixture(data: ReportData) -> Figure | None:
     lines = []
-    for n, source in enumerate(data.mixture[0]["planned"] if data.mixture else []):
-        colour = _PALETTE[n % len(_PALETTE)]
-        for kind, dashed in (("realised", False), ("planned", True)):
+    for kind, dashed in (("realised", False), ("planned", True)):
+        for n, source in enumerate(data.mixture[0]["planned"] if data.mixture else []):
+            colour = "var(--ink)" if dashed else _PALETTE[n % len(_PALETTE)]
             points = [(float(row["step"]), row[kind].get(source, 0.0)) for row in data.mixture]
             lines.append(Series(f"{source}, {kind}", colour, points, dashed=dashed))
     plot = line_plot(lines, "step", percent, low=0.0, high=1.0, label="Mixture of sources")

@@ -73,11 +73,15 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def smooth(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
-    """Return the trailing mean of `window` points at each point."""
-    result, total = [], 0.0
-    for n, (x, y) in enumerate(points):
-        total += y - (points[n - window][1] if n >= window else 0.0)
-        result.append((x, total / min(n + 1, window)))
+    """Return at each point the mean of the points up to `window // 2` before and after it."""
+    reach = window // 2
+    sums = [0.0]
+    for _, y in points:
+        sums.append(sums[-1] + y)
+    result = []
+    for n, (x, _) in enumerate(points):
+        first, last = max(n - reach, 0), min(n + reach + 1, len(points))
+        result.append((x, (sums[last] - sums[first]) / (last - first)))
     return result
 
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from cluster.loader import load_config
-from cluster.reaper import marked_processes
+from cluster.reaper import session_processes
 from cluster.selection import capture_rows
 from storage.reader import Dataset
 from storage.sample_set import SampleSet
@@ -71,7 +71,7 @@ class Place:
 
     def processes(self) -> set[int]:
         """Ids of all processes that the run has started: each inherits this run's own cache folder."""
-        return set(marked_processes(f"LECTERN_CACHE={self.folder / 'home'}".encode()))
+        return set(session_processes(f"LECTERN_CACHE={self.folder / 'home'}", 0))
 
     def start(self) -> "subprocess.Popen[str]":
         """Start `lectern run` as a user would."""
@@ -106,12 +106,21 @@ class Place:
             assert time.monotonic() < deadline, (self.folder / "log.txt").read_text()[-4000:]
             time.sleep(0.02)
         assert len(self.processes()) > 5, "a run in full swing has processes of its own"
+        started = set(session_processes("LECTERN_TEST=none", process.pid)) | self.processes()
         process.send_signal(signal.SIGKILL)
         process.wait()
         deadline = time.monotonic() + 12
-        while left := self.processes():
+        while left := {pid for pid in started if Path(f"/proc/{pid}/cmdline").exists() and not is_zombie(pid)}:
             assert time.monotonic() < deadline, f"processes outlived their driver: {left}"
             time.sleep(0.2)
+
+
+def is_zombie(pid: int) -> bool:
+    """Tell whether a process has ended and only waits for its parent to notice."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 @pytest.fixture

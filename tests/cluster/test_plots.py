@@ -27,9 +27,9 @@ def test_ticks_of_a_single_value_have_a_range() -> None:
     assert len(ticks(3.0, 3.0)) >= 2
 
 
-def test_smoothing_is_the_mean_of_what_came_before() -> None:
-    points = [(float(n), float(n)) for n in range(6)]
-    assert smooth(points, 3) == [(0, 0), (1, 0.5), (2, 1), (3, 2), (4, 3), (5, 4)]
+def test_smoothing_is_the_mean_of_the_neighbours() -> None:
+    points = [(0.0, 0.0), (1.0, 3.0), (2.0, 0.0), (3.0, 6.0)]
+    assert smooth(points, 3) == [(0, 1.5), (1, 1), (2, 3), (3, 3)]
     assert smooth(points, 1) == points
 
 
