@@ -1,5 +1,7 @@
 """What a run would do and cost, before anything is spent: reads text, runs no model, imports no torch and no ray."""
 
+import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +17,6 @@ from cluster.checks import (
 from cluster.config import RunConfig
 from cluster.rundir import RunDir
 from cluster.selection import capture_rows
-from storage.config import CacheConfig
 from storage.identity import DatasetIdentity
 from storage.reader import Dataset
 from storage.sample_set import SampleSet, prepare_samples
@@ -25,12 +26,12 @@ from workers.embedded import ensure_tokenizer, find_teacher
 from workers.model_folder import resolve_model, teacher_identity
 from workers.units import plan_units
 
-BYTES_PER_ENTRY = 3.0
-"""Compressed bytes of one kept entry (id, log-probability, draws), as measured on English and Python text."""
-BYTES_PER_POSITION = 6.0
-"""Compressed bytes of a supervised position besides its entries (token, masks, count, tail)."""
-DRAWN_SHARE = 0.75
-"""Distinct ids among the draws of a hybrid target."""
+LOGPROB_BYTES = 1.55
+"""Compressed bytes of one stored log-probability, as measured on English and Python text."""
+ID_BYTES_PER_BIT = 0.1
+"""Compressed bytes of one stored token id, per bit of the vocabulary's size; likewise."""
+POSITION_BYTES = 2.8
+"""Compressed bytes of a supervised position besides its entries (token, masks, count, tail); likewise."""
 
 
 @dataclass
@@ -86,8 +87,7 @@ def make_plan(config: RunConfig, run: RunDir, tokens_per_s: float | None = None)
     Raises:
         InputError: anything that `run` would refuse before it spends something.
     """
-    checks: list[str] = []
-    unknown: list[str] = []
+    checks, unknown = list[str](), list[str]()
     run.probe()
     tokenizer = _tokenizer(config, checks)
     samples = prepare_samples(config.data, tokenizer, run.path("samples"))
@@ -99,7 +99,7 @@ def make_plan(config: RunConfig, run: RunDir, tokens_per_s: float | None = None)
     fingerprint = identity.fingerprint if identity is not None else ""
     units = plan_units(missing, samples.num_tokens, samples.sample_ids, fingerprint, config.cache.unit_tokens)
     measured = dataset is not None and dataset.totals().supervised > 0
-    per_token = dataset.totals().bytes_per_token if dataset and measured else _estimate(config.cache, identity)
+    per_token = dataset.totals().bytes_per_token if dataset and measured else _estimate(config, tokenizer)
     rate = tokens_per_s or _known_rate(run)
     missing_tokens = int(samples.num_tokens[missing].sum())
     hours = missing_tokens / rate / 3600 * config.teacher.replicas if rate else None
@@ -178,15 +178,21 @@ def _missing(
     return rows[dataset.missing(samples.ids(rows))], dataset
 
 
-def _estimate(cache: CacheConfig, identity: DatasetIdentity | None) -> float:
-    """Bytes per supervised token for datasets of this kind."""
-    vocab_size = identity.tokenizer.vocab_size if identity is not None else 0
-    entries = {
-        "topk": cache.top_k,
-        "hybrid": cache.top_k + DRAWN_SHARE * cache.draws,
-        "dense": vocab_size,
-    }[cache.kind]
-    return BYTES_PER_POSITION + BYTES_PER_ENTRY * entries
+def _estimate(config: RunConfig, tokenizer: Tokenizer) -> float:
+    """Bytes per supervised token for datasets of this kind; draws count as if all of them were different tokens."""
+    cache = config.cache
+    entries = {"topk": cache.top_k, "hybrid": cache.top_k + cache.draws, "dense": tokenizer.vocab_size}[cache.kind]
+    entry_bytes = LOGPROB_BYTES + ID_BYTES_PER_BIT * math.log2(tokenizer.vocab_size)
+    hidden_bytes = 2.0 * _hidden_width(config) * len(set(cache.hidden)) if cache.hidden else 0.0
+    return POSITION_BYTES + entry_bytes * min(entries, tokenizer.vocab_size) + hidden_bytes
+
+
+def _hidden_width(config: RunConfig) -> int:
+    if config.teacher.name == "embedded":
+        return config.teacher.embedded.hidden_size
+    folder = resolve_model(config.teacher.name, config.teacher.revision, weights=False)
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return int({**fields, **(fields.get("text_config") or {})}.get("hidden_size", 0))
 
 
 def _known_rate(run: RunDir) -> float | None:
