@@ -81,6 +81,9 @@ def start_engine(module: nn.Module, train: TrainConfig, place: Place) -> Any:
     import deepspeed
 
     quiet_deepspeed()
+    if place.device == "cpu":
+        # A shared-memory collective that only inference uses, and that takes most of a minute to compile.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "gloo" if place.device == "cpu" else "nccl"
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     optimizer = torch.optim.AdamW(

@@ -88,6 +88,9 @@ class Rank:
         if place.num_ranks > 1:
             import deepspeed
 
+            if job.teacher.sharding != "tensor_parallel":
+                # A shared-memory collective that only tensor parallelism uses; compiling it takes most of a minute.
+                deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             deepspeed.init_distributed(dist_backend="nccl" if place.device == "cuda" else "gloo", verbose=False)
         model = load_model(job.model_folder, job.teacher, self.device)
         check_layers(model, job.identity.capture.hidden)
