@@ -23,14 +23,15 @@ from statistics import median
 
 import numpy as np
 import torch
+import yaml
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from storage.config import DataConfig, SourceConfig
+from storage.config import DataConfig
 from storage.identity import CaptureIdentity, DatasetIdentity, TeacherIdentity, TokenizerIdentity
 from storage.samples import Sample, SampleBatch
 from storage.writer import DatasetWriter
-from workers.config import EmbeddedTeacherConfig
+from workers.config import TeacherConfig
 from workers.embedded import ensure_teacher
 from workers.local.batching import model_inputs, plan_batches
 from workers.local.memory import keep_freed_memory
@@ -39,9 +40,7 @@ from workers.local.selection import SelectionSettings
 
 GOAL = {"qwen2-1.5b": 0.75}
 DEFAULT_TOKENS = {"embedded": 16_384, "qwen2-1.5b": 1024}
-EMBEDDED_DATA = DataConfig(
-    sources=[SourceConfig(name="general", path="embedded:general"), SourceConfig(name="domain", path="embedded:domain")]
-)
+QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart.yaml"
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,10 @@ def main() -> None:
 
 
 def embedded_model() -> nn.Module:
-    """Return the embedded teacher in bfloat16, trained first where it is not cached."""
-    folder = ensure_teacher(EmbeddedTeacherConfig(), EMBEDDED_DATA)
+    """Return the quickstart's embedded teacher in bfloat16, trained first where it is not cached."""
+    run = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
+    teacher = TeacherConfig.model_validate(run["teacher"])
+    folder = ensure_teacher(teacher.embedded, DataConfig.model_validate(run["data"]))
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()  # type: ignore[no-any-return]
 
 
