@@ -81,6 +81,8 @@ def start_engine(module: nn.Module, train: TrainConfig, place: Place) -> Any:
     import deepspeed
 
     quiet_deepspeed()
+    # A shared-memory collective for inference alone; compiling it takes most of a minute on a fresh machine.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if place.device == "cpu":
         # A shared-memory collective that only inference uses, and that takes most of a minute to compile.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
