@@ -16,6 +16,7 @@ def fit(spec: LoopSpec) -> dict[str, Any]:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     gpu = spec.device == "gpu"
+    path, filesystem = checkpoint_storage(spec.run_dir)
     trainer = TorchTrainer(
         ray_train_loop,
         train_loop_config={"spec": spec},
@@ -25,7 +26,8 @@ def fit(spec: LoopSpec) -> dict[str, Any]:
         ),
         run_config=RunConfig(
             name=spec.name,
-            storage_path=f"{spec.run_dir}/checkpoints",
+            storage_path=path,
+            storage_filesystem=filesystem,
             checkpoint_config=CheckpointConfig(num_to_keep=spec.train.keep_checkpoints),
             failure_config=FailureConfig(max_failures=spec.train.max_failures),
         ),
@@ -39,6 +41,21 @@ def fit(spec: LoopSpec) -> dict[str, Any]:
     if "error" in figures:
         raise rebuild_error(*figures["error"])
     return dict(figures)
+
+
+def checkpoint_storage(run_dir: str) -> tuple[str, Any]:
+    """Return path and pyarrow filesystem of a run's checkpoints; none stands for local files.
+
+    Object stores go through fsspec, so that checkpoints find the same endpoint and credentials as everything else.
+    """
+    url = f"{run_dir}/checkpoints"
+    if "://" not in url:
+        return url, None
+    import fsspec
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
+    return path, PyFileSystem(FSSpecHandler(filesystem))
 
 
 def ray_train_loop(config: dict[str, Any]) -> dict[str, Any]:
@@ -63,8 +80,9 @@ def ray_train_loop(config: dict[str, Any]) -> dict[str, Any]:
         newer = ray.train.get_checkpoint()
         if newer is None and spec.resume is None:
             return contextlib.nullcontext()
-        url = f"{spec.run_dir}/checkpoints/{spec.name}/{spec.resume}"
-        opened: AbstractContextManager[Any] = (newer or ray.train.Checkpoint(url)).as_directory()
+        path, filesystem = checkpoint_storage(spec.run_dir)
+        ours = ray.train.Checkpoint(f"{path}/{spec.name}/{spec.resume}", filesystem)
+        opened: AbstractContextManager[Any] = (newer or ours).as_directory()
         return opened
 
     return run_rank(spec, place, report, restore)

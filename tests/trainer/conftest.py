@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.storage.conftest import s3_endpoint, s3_url  # noqa: F401 - fixtures
 from tests.trainer.tiny import TinyRun, make_run
 
 
