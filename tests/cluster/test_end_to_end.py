@@ -23,7 +23,7 @@ from storage.reader import Dataset
 from storage.sample_set import SampleSet
 from trainer.loop import planned_order
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 CONFIG: dict[str, Any] = {
     "data": {
