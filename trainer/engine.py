@@ -83,9 +83,6 @@ def start_engine(module: nn.Module, train: TrainConfig, place: Place) -> Any:
     quiet_deepspeed()
     # A shared-memory collective for inference alone; compiling it takes most of a minute on a fresh machine.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if place.device == "cpu":
-        # A shared-memory collective that only inference uses, and that takes most of a minute to compile.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "gloo" if place.device == "cpu" else "nccl"
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     optimizer = torch.optim.AdamW(
