@@ -34,7 +34,8 @@ def line_plot(
     if not kept:
         return Plot(empty(label))
     xs = [x for line in kept for x, _ in line.points]
-    ys = [y for line in kept for _, y in line.points]
+    # Single outliers among the faint lines are cut off rather than press all else flat.
+    ys = [y for line in kept for _, y in line.points if not line.faint] or [0.0]
     y_ticks = ticks(min(ys) if low is None else low, max(ys) if high is None else high)
     x_ticks = [t for t in ticks(min(xs), max(xs), 6) if min(xs) - 1e-9 <= t <= max(xs) + 1e-9]
     frame = _Frame((min(xs), max(xs)), (y_ticks[0], y_ticks[-1]))
