@@ -54,7 +54,9 @@ def ray_session(cluster: ClusterConfig, num_ranks: int) -> Iterator[RaySession]:
     """
     local = cluster.address == "local"
     mark = {_MARK: secrets.token_hex(16)}
-    defaults = _LOCAL_ENVIRONMENT | _auth_environment() if local else {"RAY_USAGE_STATS_ENABLED": "0"}
+    defaults = _LOCAL_ENVIRONMENT if local else {"RAY_USAGE_STATS_ENABLED": "0"}
+    if local:
+        _settle_authentication()
     with _environment(defaults, mark), _reaper(mark) if local else contextlib.nullcontext():
         import ray
 
@@ -141,11 +143,13 @@ def _log_folder(ray: Any) -> str:
     return str(node.get_logs_dir_path()) if node is not None else "the cluster's /tmp/ray/session_latest/logs"
 
 
-def _auth_environment() -> dict[str, str]:
-    """A fresh token for this session alone, unless the user chose otherwise: needs no home folder, shows in no file."""
-    if any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
-        return {}
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+def _settle_authentication() -> None:
+    """Give local sessions a token of this process alone, unless the user chose otherwise.
+
+    It needs no home folder and shows in no file. Ray reads mode and token once per process, so they stay set.
+    """
+    if not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import pytest
 
 from cluster import reaper
 from cluster.config import ClusterConfig
-from cluster.ray_session import _auth_environment, _environment, _reaper, ray_session
+from cluster.ray_session import _environment, _reaper, _settle_authentication, ray_session
 from storage.errors import InputError
 
 
@@ -84,13 +84,21 @@ def test_the_users_own_variables_win_and_all_are_restored(monkeypatch: pytest.Mo
     assert "RAY_TEST_UNSET" not in os.environ and "RAY_TEST_FORCED" not in os.environ
 
 
-def test_each_local_session_has_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    first, second = _auth_environment(), _auth_environment()
-    assert first["RAY_AUTH_MODE"] == "token" and first["RAY_AUTH_TOKEN"] != second["RAY_AUTH_TOKEN"]
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    assert _auth_environment() == {}
+def test_local_sessions_have_a_token_of_this_process_or_what_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that what the test changes is put back
+        monkeypatch.delenv(name)
+    _settle_authentication()
+    token = os.environ["RAY_AUTH_TOKEN"]
+    assert os.environ["RAY_AUTH_MODE"] == "token" and len(token) == 64
+    _settle_authentication()
+    assert os.environ["RAY_AUTH_TOKEN"] == token
+    for name in names:
+        os.environ.pop(name, None)
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    _settle_authentication()
+    assert "RAY_AUTH_TOKEN" not in os.environ
 
 
 def test_a_cluster_that_is_not_there_is_one_clear_message() -> None:
