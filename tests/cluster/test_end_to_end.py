@@ -98,11 +98,16 @@ class Place:
         """The events of one name so far."""
         return [event for event in self.lines("events.jsonl") if event["event"] == name]
 
-    def kill_when(self, reached: Callable[[], bool]) -> None:
-        """Start the run, kill -9 its driver as soon as `reached`, and wait until its processes are gone."""
+    def kill_when(self, work_began: str, reached: Callable[[], bool]) -> None:
+        """Start the run, kill -9 its driver in the stage that `work_began` opens, as soon as `reached` holds there.
+
+        Waits until its processes are gone. What earlier attempts left in the run directory may satisfy `reached`
+        from the start, so this attempt's own event is waited for first.
+        """
+        before = len(self.events(work_began))
         process = self.start()
         deadline = time.monotonic() + 300
-        while not reached():
+        while len(self.events(work_began)) == before or not reached():
             assert process.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline, (self.folder / "log.txt").read_text()[-4000:]
             time.sleep(0.02)
@@ -136,9 +141,9 @@ def test_a_run_killed_in_capture_and_in_training_ends_as_an_unbroken_one(place: 
     chance = random.Random()
     for units in (chance.randint(1, 3) for _ in range(3)):
         before = len(place.events("unit_done"))
-        place.kill_when(lambda wanted=before + units: len(place.events("unit_done")) >= wanted)
+        place.kill_when("replica_started", lambda wanted=before + units: len(place.events("unit_done")) >= wanted)
     for step in sorted(chance.sample(range(9, 27), 3)):
-        place.kill_when(lambda wanted=step: last_step(place, "student") >= wanted)
+        place.kill_when("train_start", lambda wanted=step: last_step(place, "student") >= wanted)
 
     result = place.finish()
 

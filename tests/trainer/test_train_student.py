@@ -20,6 +20,7 @@ from cluster.ray_session import ray_session
 from storage.errors import InputError, WorkerError
 from storage.object_store import Store
 from storage.tokenizer import Tokenizer
+from tests.processes import own_processes
 from tests.trainer.ranks import metrics_of
 from tests.trainer.tiny import TinyRun
 from trainer.checkpoint import newest
@@ -148,10 +149,8 @@ def test_a_killed_rank_is_replaced_and_the_run_ends_as_if_unbroken(
 
     def kill_once(event: dict[str, Any]) -> None:
         if event["event"] == "train_step" and event["step"] >= 20 and not killed:
-            ranks = subprocess.run(["pgrep", "-f", "ray::RayTrainWorker"], capture_output=True, text=True, check=False)
-            mine = [int(pid) for pid in ranks.stdout.split() if _descends_from(int(pid), os.getpid())]
-            killed.append(mine[-1])
-            os.kill(mine[-1], signal.SIGKILL)
+            killed.append(own_processes("ray::RayTrainWorker")[-1])
+            os.kill(killed[-1], signal.SIGKILL)
 
     result = train_student(**hybrid_run.arguments(tmp_path, **LONG), on_event=kill_once)
     assert killed
@@ -181,14 +180,3 @@ def test_a_killed_driver_is_resumed_by_the_same_call(
     assert result.resumed_from == events[0]["step"]
     assert result.resumed_from >= (at_step - 10 if at_step > 10 else 0)
     assert_same_run(tmp_path / "run", result, unbroken)
-
-
-def _descends_from(pid: int, ancestor: int) -> bool:
-    while pid > 1:
-        if pid == ancestor:
-            return True
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-        except FileNotFoundError:
-            return False
-    return False

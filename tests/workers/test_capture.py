@@ -16,6 +16,7 @@ from storage.identity import DatasetIdentity
 from storage.reader import Dataset
 from storage.targets import TargetBatch
 from storage.verify import verify_dataset
+from tests.processes import own_processes
 from tests.workers.conftest import TinyRun
 from workers.config import TeacherConfig
 from workers.coordinator import CaptureResult, capture
@@ -115,7 +116,7 @@ def test_a_killed_rank_costs_no_row(tiny_run: TinyRun) -> None:
         events.append(event)
         done = sum(e["event"] == "unit_done" for e in events)
         if event["event"] == "unit_done" and done in (2, 5):
-            os.kill(rank_processes()[-1], signal.SIGKILL)
+            os.kill(own_processes("ray::Rank")[-1], signal.SIGKILL)
 
     result, identity = run_capture(tiny_run, folder, teacher, cache, kill_one_rank)
     assert sum(e["event"] == "replica_lost" for e in events) >= 2
@@ -143,18 +144,3 @@ def test_a_teacher_of_nan_sets_its_units_aside(tiny_run: TinyRun) -> None:
     assert result.scored_samples == 0
     assert "NaN or infinite" in result.failed_units[0]["error"]
     assert len(Dataset.open(cache.url, identity).catalog) == 0
-
-
-def rank_processes() -> list[int]:
-    """Return the process ids of this Ray's rank actors."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes()
-                parents = (entry / "stat").read_text()
-            except OSError:
-                continue
-            if command.startswith(b"ray::Rank") and parents:
-                found.append(int(entry.name))
-    return sorted(found)
