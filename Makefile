@@ -26,7 +26,7 @@ demo: .venv/run.stamp
 test: lint unit slow
 
 unit: .venv/dev.stamp
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2
 
 slow: .venv/dev.stamp
 	$(BIN)/python -m pytest -m slow

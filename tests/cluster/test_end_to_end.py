@@ -25,6 +25,9 @@ from trainer.loop import planned_order
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
+KILLS = int(os.environ.get("LECTERN_TEST_KILLS", "1"))
+"""Random kills in each of capture and training; every one costs a start of Ray."""
+
 CONFIG: dict[str, Any] = {
     "data": {
         "sources": [
@@ -139,10 +142,10 @@ def place(tmp_path: Path) -> Place:
 
 def test_a_run_killed_in_capture_and_in_training_ends_as_an_unbroken_one(place: Place) -> None:
     chance = random.Random()
-    for units in (chance.randint(1, 3) for _ in range(3)):
+    for units in (chance.randint(1, 3) for _ in range(KILLS)):
         before = len(place.events("unit_done"))
         place.kill_when("replica_started", lambda wanted=before + units: len(place.events("unit_done")) >= wanted)
-    for step in sorted(chance.sample(range(9, 27), 3)):
+    for step in sorted(chance.sample(range(9, 27), KILLS)):
         place.kill_when("train_start", lambda wanted=step: last_step(place, "student") >= wanted)
 
     result = place.finish()

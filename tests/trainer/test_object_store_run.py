@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 
+from cluster.config import ClusterConfig
+from cluster.ray_session import ray_session
 from storage.object_store import Store
-from tests.trainer.drive import train_here
 from tests.trainer.tiny import TinyRun
 from trainer.metrics import parse_lines
+from trainer.runner import train_student
 
 
 @pytest.mark.slow
@@ -17,14 +19,20 @@ def test_a_run_on_an_object_store_is_taken_up_again_when_its_export_was_cut_off(
     s3_url: str,
 ) -> None:
     arguments = {**hybrid_run.arguments(Path("unused"), steps=9, checkpoint_every=4, workers=2), "run_dir": s3_url}
-    first = train_here(arguments, print)
+    with ray_session(ClusterConfig(device="cpu"), 2):
+        check(arguments, s3_url)
+
+
+def check(arguments: dict[str, Any], s3_url: str) -> None:
+    """Train, lose the end of the export, and train again."""
+    first = train_student(**arguments, on_event=print)
     store = Store(s3_url)
     assert {"student/config.json", "student/model.safetensors", "student/tokenizer.json"} <= set(store.list("student/"))
     lines = store.read("metrics.jsonl")
     store.delete("student/train_result.json")
     store.delete("student/tokenizer.json")
     events: list[dict[str, Any]] = []
-    again = train_here(arguments, events.append)
+    again = train_student(**arguments, on_event=events.append)
     assert (events[0]["step"], again.resumed_from) == (8, 8)
     assert (again.order_digest, again.tokens) == (first.order_digest, first.tokens)
     assert again.losses == pytest.approx(first.losses, rel=1e-5)

@@ -31,7 +31,7 @@ from trainer.runner import baseline_of, train_student
 
 ROOT = Path(__file__).resolve().parents[2]
 
-LONG = {"steps": 150, "workers": 2, "micro_batch_size": 2, "checkpoint_every": 7, "global_batch_size": 16}
+LONG = {"steps": 90, "workers": 2, "micro_batch_size": 2, "checkpoint_every": 7, "global_batch_size": 16}
 
 
 def refused(run: TinyRun, run_dir: Path, match: str, **changes: Any) -> None:
@@ -158,10 +158,10 @@ def test_a_killed_rank_is_replaced_and_the_run_ends_as_if_unbroken(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at_step", [5, 70])
 def test_a_killed_driver_is_resumed_by_the_same_call(
-    hybrid_run: TinyRun, unbroken: tuple[Path, TrainResult], tmp_path: Path, at_step: int
+    hybrid_run: TinyRun, unbroken: tuple[Path, TrainResult], tmp_path: Path
 ) -> None:
+    at_step = 40
     arguments = hybrid_run.arguments(tmp_path / "run", **LONG)
     (tmp_path / "arguments").write_bytes(pickle.dumps(arguments))
     command = [sys.executable, "-m", "tests.trainer.drive", str(tmp_path / "arguments")]
@@ -178,5 +178,5 @@ def test_a_killed_driver_is_resumed_by_the_same_call(
     events: list[dict[str, Any]] = []
     result = train_student(**arguments, on_event=events.append)
     assert result.resumed_from == events[0]["step"]
-    assert result.resumed_from >= (at_step - 10 if at_step > 10 else 0)
+    assert result.resumed_from >= at_step - 10
     assert_same_run(tmp_path / "run", result, unbroken)

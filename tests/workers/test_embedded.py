@@ -118,6 +118,7 @@ def test_learning_rate_warms_up_and_decays() -> None:
     assert np.argmax(scales) < 30
 
 
+@pytest.mark.slow
 def test_teacher_learns_and_is_reused(data: DataConfig) -> None:
     from transformers import AutoModelForCausalLM
 
