@@ -15,8 +15,8 @@ from storage.errors import IdentityError, InputError
 from storage.object_store import Store
 from storage.settings import Settings
 
-SCHEMA_VERSION = 1
-"""Version of the columns and the manifest that this release writes."""
+ROWS_VERSION = 1
+"""Version of what rows mean: a new one makes every captured target foreign. New settings are `added` fields instead."""
 
 _CHUNK_BYTES = 1 << 24
 
@@ -92,11 +92,11 @@ class DatasetIdentity(Settings):
     precision: str
     """Precision of the teacher's forward pass, e.g. `bfloat16`."""
     capture: CaptureIdentity
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = ROWS_VERSION
 
     @property
     def fingerprint(self) -> str:
-        """Return 32 hex digits over all fields but the teacher's name."""
+        """Return 32 hex digits over all fields but the teacher's name and `added` ones that are neutral."""
         fields = self.model_dump(mode="json")
         del fields["teacher"]["name"]
         return blake2b(canonical_json(fields), digest_size=16, person=b"lectern.identity").hexdigest()

@@ -7,13 +7,15 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError
 
 from storage.errors import InputError, IntegrityError
-from storage.identity import SCHEMA_VERSION, DatasetIdentity, canonical_json
+from storage.identity import DatasetIdentity, canonical_json
 from storage.object_store import Store
 from storage.settings import Settings
 
-RELEASE = "0.1.0"
+RELEASE = "0.2.0"
 """This release, as written into datasets; equal to the version in pyproject.toml."""
 INFO_KEY = "dataset.json"
+SCHEMA_VERSION = 2
+"""Layout of new datasets. 1: plain codec and one manifest per unit; read and continued as it is. 2: adds the index."""
 
 
 class TokenizerFacts(Settings):
@@ -28,7 +30,7 @@ class TokenizerFacts(Settings):
 class DatasetInfo(Settings):
     """The contents of dataset.json."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = Field(default=SCHEMA_VERSION, ge=1)
     codec: Literal["plain"] = "plain"
     fingerprint: str
     identity: DatasetIdentity

@@ -55,7 +55,7 @@ def test_layout_and_fields_are_those_of_the_design(dataset: Path) -> None:
     assert sorted(path.name for path in dataset.iterdir()) == ["data", "dataset.json", "manifest"]
     info = json.loads((dataset / "dataset.json").read_text())
     assert info["codec"] == "plain"
-    assert info["schema_version"] == 1
+    assert info["schema_version"] == 2
     assert info["created_by"] == f"lectern {RELEASE}"
     assert info["tokenizer"] == {"vocab_size": 500, "padded_vocab_size": 512}
 
@@ -166,10 +166,10 @@ def test_attempts_with_one_name_never_share_a_data_key() -> None:
 
 def test_newer_schema_is_refused_with_the_release_that_reads_it(dataset: Path) -> None:
     fields = json.loads((dataset / "dataset.json").read_text())
-    fields |= {"schema_version": 2, "created_by": "lectern 3.1.4", "something": "new"}
+    fields |= {"schema_version": 3, "created_by": "lectern 3.1.4", "something": "new"}
     (dataset / "dataset.json").write_text(json.dumps(fields))
     with pytest.raises(
-        InputError, match=r"schema version 2, .*reads versions up to 1: install lectern 3\.1\.4 or newer"
+        InputError, match=r"schema version 3, .*reads versions up to 2: install lectern 3\.1\.4 or newer"
     ):
         Dataset.open(str(dataset))
 
