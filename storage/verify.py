@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from storage.contract import check_contract
 from storage.errors import IntegrityError
+from storage.heads import FINAL, check_heads
 from storage.info import DatasetInfo, read_info
 from storage.manifest import DATA_PREFIX, ManifestRecord, manifest_keys, read_manifest
 from storage.object_store import Store
@@ -55,6 +56,7 @@ def verify_dataset(url: str, on_progress: Callable[[int, int], None] | None = No
             report.problems.append(str(error))
         if on_progress is not None:
             on_progress(done, len(keys))
+    report.problems += check_heads(store, info.fingerprint, bool(keys) and FINAL in info.identity.capture.hidden)
     report.samples = len(seen)
     report.orphans = [key for key in store.list(DATA_PREFIX) if key not in named]
     return report

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.errors import IntegrityError
+from storage.hidden import states_tensor
 from storage.samples import BoolArray, Int64Array, SampleBatch
 from storage.targets import TargetBatch
 from trainer.losses import SparseTargets
@@ -79,7 +80,7 @@ def make_batch(samples: SampleBatch, targets: TargetBatch, kind: str, layers: tu
         attention=attention,
         predictor=torch.from_numpy(flat[supervised] - 1),
         targets=sparse_targets(targets, samples.tokens[supervised].astype(np.int64), kind),
-        hidden={layer: hidden_tensor(targets.hidden[layer]) for layer in layers},
+        hidden={layer: states_tensor(targets.hidden[layer]) for layer in layers},
     )
 
 
@@ -137,11 +138,3 @@ def _padded(
     out = np.full(num_rows * width, fill, dtype=np.int64)
     out[flat] = values
     return out.reshape(num_rows, width)
-
-
-def hidden_tensor(states: NDArray[np.generic]) -> Tensor:
-    """Return stored states as a tensor; 16-bit integers are bfloat16 bit patterns."""
-    array = np.ascontiguousarray(states)
-    if array.dtype == np.uint16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)

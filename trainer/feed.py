@@ -9,9 +9,10 @@ from typing import Self
 
 from torch import Tensor
 
+from storage.hidden import states_tensor
 from storage.reader import Dataset
 from storage.samples import UInt8Array
-from trainer.batches import Batch, hidden_tensor, make_batch, take_microbatches
+from trainer.batches import Batch, make_batch, take_microbatches
 from trainer.config import TrainConfig
 from trainer.sampler import PlannedOrder, rank_slice
 
@@ -88,4 +89,4 @@ def channel_variance(dataset: Dataset, ids: UInt8Array, layers: list[str]) -> di
     The samples are the same for every batch and number of ranks, so that neither changes the loss.
     """
     _, targets = dataset.read(ids)
-    return {layer: hidden_tensor(targets.hidden[layer]).float().var(dim=0, correction=0) for layer in layers}
+    return {layer: states_tensor(targets.hidden[layer]).float().var(dim=0, correction=0) for layer in layers}

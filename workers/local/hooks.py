@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from storage.errors import InputError
-
-FINAL = "final"
-"""Name of the input of the output head."""
+from storage.heads import FINAL
 
 
 def check_layers(model: nn.Module, layers: Sequence[str]) -> None:

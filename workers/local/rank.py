@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.identity import DatasetIdentity
+from storage.object_store import Store
 from storage.sample_set import SampleSet
 from storage.writer import DatasetWriter, Receipt
 from workers.config import TeacherConfig
@@ -78,6 +79,8 @@ class Rank:
         import torch
 
         torch.set_num_threads(place.threads)
+        from storage.heads import FINAL, save_head
+        from workers.local.head import output_head
         from workers.local.hooks import check_layers
         from workers.local.memory import keep_freed_memory
         from workers.local.sharding import load_model, shard_model
@@ -94,6 +97,9 @@ class Rank:
             deepspeed.init_distributed(dist_backend="nccl" if place.device == "cuda" else "gloo", verbose=False)
         model = load_model(job.model_folder, job.teacher, self.device)
         check_layers(model, job.identity.capture.hidden)
+        if place.rank == 0 and FINAL in job.identity.capture.hidden:
+            head = output_head(model, job.identity.tokenizer.vocab_size)
+            save_head(Store(job.dataset_url), head, job.identity.fingerprint)
         self.model, report = shard_model(model, job.teacher, place.rank)
         self.settings = _scoring_settings(job)
         self.samples = SampleSet.open(job.samples_url)
