@@ -141,7 +141,7 @@ def check_heads(store: Store, fingerprint: str, needed: bool) -> list[str]:
     return problems
 
 
-_REMEDY = "delete it, and one record under manifest/, and run the capture again: the head is stored when the teacher is loaded"
+_REMEDY = "delete it and one record under manifest/, and capture again: a teacher that is loaded stores its head"
 
 
 def _checked(store: Store, key: str, raw: bytes, fingerprint: str) -> dict[str, Any]:

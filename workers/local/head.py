@@ -37,8 +37,7 @@ def output_head(model: nn.Module, vocab_size: int) -> Head:
     if not error <= _TOLERANCE:
         raise InputError(
             f"cache.hidden: the logits of {type(model).__name__} are not its output head applied to the state "
-            f"{FINAL!r} (relative error {error:.3g}), so the full distribution could not be had back; keep {FINAL!r} out of "
-            "cache.hidden"
+            f"{FINAL!r} (relative error {error:.3g}); leave {FINAL!r} out"
         )
     return head
 
