@@ -119,6 +119,32 @@ def verify(
 
 
 @app.command()
+def ledger(
+    words: Annotated[list[str], typer.Argument(metavar="[settle] TARGET", help="Config or run directory.")],
+    set_: Set = None,
+    run_dir: RunDirectory = None,
+    as_json: Json = False,
+    debug: Debug = False,
+    invoice: Annotated[
+        float | None,
+        typer.Option("--invoice", metavar="MONEY", min=0.0, help="With settle: billed for all attempts so far."),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", metavar="N", min=0, help="With settle: tokens billed, all together.")
+    ] = None,
+) -> None:
+    """What was spent on a teacher behind an API; `settle` corrects unknown outcomes from an invoice."""
+    from cluster import commands
+
+    settling = words[0] == "settle"
+    if len(words) != 1 + settling:
+        raise typer.BadParameter("write `lectern ledger TARGET` or `lectern ledger settle TARGET --invoice MONEY`")
+    if settling == (invoice is None):
+        raise typer.BadParameter("`settle` and `--invoice MONEY` go together", param_hint="--invoice")
+    _run(lambda out: commands.ledger(out, words[-1], set_ or [], run_dir, invoice, tokens), as_json, debug)
+
+
+@app.command()
 def report(
     target: Target, set_: Set = None, run_dir: RunDirectory = None, as_json: Json = False, debug: Debug = False
 ) -> None:

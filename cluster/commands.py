@@ -99,6 +99,24 @@ def report(out: Terminal, target: str, overrides: Sequence[str], run_dir: str | 
     return summary
 
 
+def ledger(
+    out: Terminal,
+    target: str,
+    overrides: Sequence[str],
+    run_dir: str | None,
+    invoice: float | None,
+    tokens: int | None,
+) -> dict[str, Any]:
+    """Show what was spent; with an invoice, correct what is unknown first."""
+    from cluster.stages.ledger import account, settle
+    from cluster.tables import show_account
+
+    config, run = _run_of(out, target, overrides, run_dir)
+    found = account(config, run) if invoice is None else settle(config, run, invoice, tokens)
+    show_account(out, found)
+    return found
+
+
 def _run_dir(out: Terminal, config_path: str, run_dir: str | None) -> RunDir:
     run = RunDir(run_dir or f"runs/{Path(config_path).stem}")
     out.log_folder = run.url if run.is_local else None

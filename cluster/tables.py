@@ -77,6 +77,21 @@ def _evaluation(evaluation: dict[str, Any]) -> Any:
     return table
 
 
+def show_account(out: Terminal, account: dict[str, Any]) -> None:
+    """Print what was spent; see `stages.ledger.account`."""
+    out.say(f"ledger {account['url']}, in {account['currency']}")
+    table = _table("run", "attempts", "tokens", "settled", "unknown", "reserved", "used")
+    rows = account["runs"] if len(account["runs"]) == 1 else {**account["runs"], "total": account["total"]}
+    for name, part in rows.items():
+        money = (f"{part[key]:,.6g}" for key in ("settled", "unknown", "reserved", "used"))
+        table.add_row(name, f"{part['attempts']:,}", f"{part['tokens']:,}", *money)
+    out.show(table)
+    for scope, limits in account["caps"].items():
+        for name, limit in limits.items():
+            unit = account["currency"] if name == "money" else name
+            out.say(f"{scope}'s cap: {limit['cap']:,.6g} {unit}, {limit['left']:,.6g} left")
+
+
 def show_dataset(out: Terminal, facts: dict[str, Any]) -> None:
     """Print what a dataset holds; see `inspect.describe_dataset`."""
     identity = facts["identity"]
@@ -138,7 +153,7 @@ def _table(*columns: str) -> Any:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
     for name in columns:
-        text = name in {"source", "split", "held-out", "column", "token", "teacher's first choices"}
+        text = name in {"run", "source", "split", "held-out", "column", "token", "teacher's first choices"}
         table.add_column(name, justify="left" if text else "right")
     return table
 

@@ -55,10 +55,29 @@ class TeacherConfig(Settings):
     """Shape of the embedded teacher; used where `name` is `embedded`."""
 
 
+class DatasetBudgetConfig(Settings):
+    """Caps over all runs that ever spent on the dataset."""
+
+    cap: float | None = Field(default=None, gt=0)
+    """Most money, in `budget.currency`."""
+    cap_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens, prompts and completions together."""
+    cap_requests: int | None = Field(default=None, ge=1)
+    """Most attempts."""
+
+
 class BudgetConfig(Settings):
-    """What a run may cost."""
+    """What a run may cost. Caps hold at every moment: an attempt's worst case is set apart before it is made."""
 
     currency: str = "USD"
-    """Unit of every amount in plan and report."""
+    """Unit of every amount in plan, ledger and report."""
     cap: float | None = Field(default=None, gt=0)
-    """Most that a teacher behind an API may cost; a local teacher is priced by `cluster.price_per_hour`."""
+    """Most that this run may spend on a teacher behind an API; a local one is priced by `cluster.price_per_hour`."""
+    cap_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens that this run may send and receive, prompts and completions together."""
+    cap_requests: int | None = Field(default=None, ge=1)
+    """Most attempts that this run may make."""
+    dataset: DatasetBudgetConfig = DatasetBudgetConfig()
+    """Caps over all runs that spend on the same dataset."""
+    ledger: str | None = None
+    """Where the ledger lies: a folder or fsspec URL; none keeps it beside the dataset, in `cache.url`."""
