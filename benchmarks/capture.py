@@ -159,6 +159,7 @@ def one_round(model: nn.Module, samples: SampleBatch, options: Options, writer: 
             vocab_size=vocab_size,
         ),
         seed=0,
+        draw_sets=1,
         hidden=(),
         hidden_dtype="float16",
         batch_tokens=options.batch_tokens,

@@ -1,8 +1,8 @@
 """The whole YAML: one model composed of the rooms' sections."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from storage.config import CacheConfig, DataConfig
 from storage.settings import Settings
@@ -35,3 +35,12 @@ class RunConfig(Settings):
     evaluate: EvaluateConfig = EvaluateConfig()
     budget: BudgetConfig = BudgetConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _text_has_no_divergence(self) -> Self:
+        if self.cache.kind == "text" and self.train.loss.kl > 0:
+            raise ValueError(
+                f"train.loss.kl is {self.train.loss.kl:g}, but cache.kind `text` keeps no probabilities to diverge "
+                "from; set train.loss.kl: 0 and train on the text alone (train.loss.ce), or choose another kind"
+            )
+        return self

@@ -30,6 +30,8 @@ LOGPROB_BYTES = 1.55
 """Compressed bytes of one stored log-probability, as measured on English and Python text."""
 ID_BYTES_PER_BIT = 0.1
 """Compressed bytes of one stored token id, per bit of the vocabulary's size; likewise."""
+SAMPLED_DRAWS_BYTES = 0.3
+"""Compressed bytes of how often an entry was drawn (kind `sampled`, which keeps no log-probability); likewise."""
 POSITION_BYTES = 2.8
 """Compressed bytes of a supervised position besides its entries (token, masks, count, tail); likewise."""
 
@@ -181,8 +183,11 @@ def _missing(
 def _estimate(config: RunConfig, tokenizer: Tokenizer) -> float:
     """Bytes per supervised token for datasets of this kind; draws count as if all of them were different tokens."""
     cache = config.cache
-    entries = {"topk": cache.top_k, "hybrid": cache.top_k + cache.draws, "dense": tokenizer.vocab_size}[cache.kind]
-    entry_bytes = LOGPROB_BYTES + ID_BYTES_PER_BIT * math.log2(tokenizer.vocab_size)
+    draws = cache.draws * cache.draw_sets
+    kept = {"topk": cache.top_k, "hybrid": cache.top_k + draws, "sampled": draws, "dense": tokenizer.vocab_size}
+    entries = kept.get(cache.kind, 0)
+    entry_bytes = ID_BYTES_PER_BIT * math.log2(tokenizer.vocab_size)
+    entry_bytes += SAMPLED_DRAWS_BYTES if cache.kind == "sampled" else LOGPROB_BYTES
     hidden_bytes = 2.0 * _hidden_width(config) * len(set(cache.hidden)) if cache.hidden else 0.0
     return POSITION_BYTES + entry_bytes * min(entries, tokenizer.vocab_size) + hidden_bytes
 

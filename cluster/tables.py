@@ -72,7 +72,11 @@ def _evaluation(evaluation: dict[str, Any]) -> Any:
     for name, entry in models.items():
         losses = (f"{entry['loss'][source]:.4f}" for source in sources)
         table.add_row(
-            name, *losses, f"{entry['kl_to_teacher']:.4f}", f"{entry['top1_agreement']:.1%}", f"{entry['ece']:.4f}"
+            name,
+            *losses,
+            _known(entry["kl_to_teacher"], ".4f"),
+            _known(entry["top1_agreement"], ".1%"),
+            _known(entry["ece"], ".4f"),
         )
     return table
 
@@ -90,6 +94,10 @@ def show_account(out: Terminal, account: dict[str, Any]) -> None:
         for name, limit in limits.items():
             unit = account["currency"] if name == "money" else name
             out.say(f"{scope}'s cap: {limit['cap']:,.6g} {unit}, {limit['left']:,.6g} left")
+
+
+def _known(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def show_dataset(out: Terminal, facts: dict[str, Any]) -> None:

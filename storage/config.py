@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from storage.settings import Settings
 
+Kind = Literal["topk", "hybrid", "sampled", "dense", "text"]
+"""Which entries are kept at each position."""
+
 
 class CleaningConfig(Settings):
     """Normalisation steps applied to each document, in the order of these fields."""
@@ -72,14 +75,18 @@ class CacheConfig(Settings):
 
     url: str
     """Folder or fsspec URL of the dataset, e.g. `runs/cache` or `s3://bucket/r1-targets`."""
-    kind: Literal["topk", "hybrid", "dense"] = "hybrid"
-    """`topk`: the k best entries + tail; `hybrid`: exact k best + draws from the tail; `dense`: all entries."""
+    kind: Kind = "hybrid"
+    """`topk`: the k best entries + tail; `hybrid`: exact k best + draws from the rest; `sampled`: draws alone; `dense`:
+    all entries; `text`: no probabilities, for training on text that the teacher wrote."""
     top_k: int = Field(default=12, ge=1, le=65_535)
     """Entries kept for their rank at each position (kinds `topk` and `hybrid`)."""
     draws: int = Field(default=12, ge=1, le=255)
-    """Tail draws at each position by systematic resampling (kind `hybrid`)."""
+    """Draws at each position by systematic resampling (kinds `hybrid` and `sampled`)."""
+    draw_sets: int = Field(default=1, ge=1, le=16)
+    """Independent sets of draws; each pass of a training over a sample uses the next one, so that the noise of the
+    draws is not seen over and over."""
     seed: int = 0
-    """Seed of the tail draws; a sample's draws depend on this and on its id alone."""
+    """Seed of the draws; a sample's draws depend on this and on its id alone."""
     hidden: list[str] = Field(default_factory=list)
     """Hidden states to keep: `final` (input of the output head) or a module name such as `model.layers.3`."""
     hidden_dtype: Literal["float16", "bfloat16"] = "float16"

@@ -72,14 +72,16 @@ def _check_shapes(samples: SampleBatch, targets: TargetBatch, identity: DatasetI
     sizes["teacher_nll"] = (len(targets.teacher_nll), len(samples))
     sizes["teacher_entropy"] = (len(targets.teacher_entropy), len(samples))
     if targets.draws is not None:
-        sizes["draws"] = (len(targets.draws), entries)
+        sizes["draws"] = (targets.draws.shape[-1], entries)
     sizes |= {f"hidden {layer}": (len(values), positions) for layer, values in targets.hidden.items()}
     for name, (found, expected) in sizes.items():
         if found != expected:
             raise IntegrityError(f"targets.{name} holds {found} values where {expected} belong")
     capture = identity.capture
-    if (targets.draws is not None) != (capture.kind == "hybrid"):
+    if (targets.draws is not None) != (capture.draws is not None):
         raise IntegrityError(f"kind {capture.kind} {'needs' if targets.draws is None else 'has no'} target draws")
+    if targets.num_draw_sets != capture.draw_sets:
+        raise IntegrityError(f"{targets.num_draw_sets} sets of draws came where {capture.draw_sets} belong")
     if sorted(targets.hidden) != sorted(capture.hidden):
         raise IntegrityError(f"hidden states {sorted(targets.hidden)} came where {sorted(capture.hidden)} belong")
     kind = np.dtype(np.float16 if capture.hidden_dtype == "float16" else np.uint16)
@@ -107,7 +109,7 @@ def _check_finite(samples: SampleBatch, targets: TargetBatch, identity: DatasetI
 
 def _check_entries(samples: SampleBatch, targets: TargetBatch, identity: DatasetIdentity) -> None:
     limit, vocab_size, kind = max_entries(identity), identity.tokenizer.vocab_size, identity.capture.kind
-    least = vocab_size if kind == "dense" else 1
+    least = {"dense": vocab_size, "text": 0}.get(kind, 1)
     bad = (targets.count < least) | (targets.count > limit)
     _refuse_positions(bad, samples, targets, f"positions without {least} to {limit} entries")
     offsets = targets.entry_offsets
@@ -120,7 +122,7 @@ def _check_entries(samples: SampleBatch, targets: TargetBatch, identity: Dataset
     keys = np.sort(position * vocab_size + targets.id)
     twice = np.unique(keys[1:][keys[1:] == keys[:-1]] // vocab_size)
     _refuse_positions(twice, samples, targets, "one token id twice at a position")
-    if targets.num_positions:
+    if targets.num_positions and kind != "text":
         kept = np.add.reduceat(np.exp(targets.logprob.astype(np.float32)), offsets[:-1])
         off = np.abs(kept + targets.tail_mass.astype(np.float32) - 1) > MAX_MASS_ERROR
         _refuse_positions(off, samples, targets, f"entries and tail that do not add up to 1 within {MAX_MASS_ERROR}")
@@ -128,12 +130,17 @@ def _check_entries(samples: SampleBatch, targets: TargetBatch, identity: Dataset
 
 def _check_draws(samples: SampleBatch, targets: TargetBatch, identity: DatasetIdentity) -> None:
     assert targets.draws is not None
-    draws = identity.capture.draws
+    draws, hybrid = identity.capture.draws, identity.capture.kind == "hybrid"
     if targets.num_positions:
-        sums = np.add.reduceat(targets.draws.astype(np.int64), targets.entry_offsets[:-1])
-        # None at all is right where the head holds the whole mass, so that nothing is left to draw from.
-        bad = (sums != draws) & (sums != 0)
+        sums = np.add.reduceat(targets.draws.astype(np.int64), targets.entry_offsets[:-1], axis=1)
+        # None at all is right where a head holds the whole mass, so that nothing is left to draw from.
+        bad = (sums != draws).any(axis=0)
+        if hybrid:
+            bad &= sums.any(axis=0)
         _refuse_positions(bad, samples, targets, f"draws that do not add up to {draws}")
+    if not hybrid:
+        never = np.asarray(targets.draws.sum(axis=0) == 0)
+        _refuse_entries(never, targets.entry_offsets, samples, targets, "entries that were never drawn")
 
 
 def _refuse_tokens(bad: BoolArray, samples: SampleBatch, what: str) -> None:

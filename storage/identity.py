@@ -10,15 +10,19 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from storage.config import CacheConfig
+from storage.config import CacheConfig, Kind
 from storage.errors import IdentityError, InputError
 from storage.object_store import Store
-from storage.settings import Settings
+from storage.settings import Settings, added
 
 ROWS_VERSION = 1
 """Version of what rows mean: a new one makes every captured target foreign. New settings are `added` fields instead."""
 
 _CHUNK_BYTES = 1 << 24
+
+
+DRAWN_KINDS = frozenset({"hybrid", "sampled"})
+"""Kinds that hold draws."""
 
 
 class TeacherIdentity(Settings):
@@ -48,9 +52,10 @@ class TokenizerIdentity(Settings):
 class CaptureIdentity(Settings):
     """What is kept of each distribution; settings that do not apply to the kind are null."""
 
-    kind: Literal["topk", "hybrid", "dense"]
+    kind: Kind
     top_k: int | None = Field(default=None, ge=1)
     draws: int | None = Field(default=None, ge=1, le=255)
+    draw_sets: int = added(1)
     seed: int | None = None
     hidden: list[str] = Field(default_factory=list)
     hidden_dtype: Literal["float16", "bfloat16"] | None = None
@@ -58,11 +63,12 @@ class CaptureIdentity(Settings):
     @classmethod
     def of(cls, cache: CacheConfig) -> Self:
         """Take from the config what applies to its kind, in one canonical form."""
-        sampled = cache.kind == "hybrid"
+        sampled = cache.kind in DRAWN_KINDS
         return cls(
             kind=cache.kind,
             top_k=cache.top_k if cache.kind in {"topk", "hybrid"} else None,
             draws=cache.draws if sampled else None,
+            draw_sets=cache.draw_sets if sampled else 1,
             seed=cache.seed if sampled else None,
             hidden=sorted(set(cache.hidden)),
             hidden_dtype=cache.hidden_dtype if cache.hidden else None,
@@ -72,13 +78,15 @@ class CaptureIdentity(Settings):
     def _only_what_applies(self) -> Self:
         needed = {
             "top_k": self.kind in {"topk", "hybrid"},
-            "draws": self.kind == "hybrid",
-            "seed": self.kind == "hybrid",
+            "draws": self.kind in DRAWN_KINDS,
+            "seed": self.kind in DRAWN_KINDS,
         }
         needed["hidden_dtype"] = bool(self.hidden)
         for name, applies in needed.items():
             if (getattr(self, name) is not None) != applies:
                 raise ValueError(f"capture.{name} must be {'set' if applies else 'null'} for kind {self.kind}")
+        if not 1 <= self.draw_sets <= (16 if needed["draws"] else 1):
+            raise ValueError(f"capture.draw_sets {self.draw_sets} does not fit kind {self.kind}")
         return self
 
 

@@ -46,7 +46,7 @@ def max_entries(identity: DatasetIdentity) -> int:
     if capture.kind == "dense":
         limit = vocab_size
     else:
-        limit = min(vocab_size, (capture.top_k or 0) + (capture.draws or 0))
+        limit = min(vocab_size, (capture.top_k or 0) + (capture.draws or 0) * capture.draw_sets)
     if limit > MAX_ENTRIES:
         raise InputError(
             f"kind {capture.kind} would keep {limit} entries for each position, more than {MAX_ENTRIES}; use `topk` or "
@@ -57,26 +57,38 @@ def max_entries(identity: DatasetIdentity) -> int:
 
 def table_schema(identity: DatasetIdentity, metadata: FileMetadata) -> pa.Schema:
     """Return the Arrow schema of a data file; `target_count` is as narrow as the identity's limit allows."""
-    count = pa.uint8() if max_entries(identity) <= 255 else pa.uint16()
     fields = [
         _field("sample_id", pa.binary(ID_BYTES)),
         _field("source", pa.dictionary(pa.int32(), pa.string())),
         _field("tokens", _list(pa.int32())),
         _field("supervised", _list(pa.bool_())),
         pa.field("document", _list(pa.int16()), nullable=True),
-        _field("target_count", _list(count)),
-        _field("target_id", _list(pa.int32())),
-        _field("target_logprob", _list(pa.float16())),
-    ]
-    if identity.capture.kind == "hybrid":
-        fields.append(_field("target_draws", _list(pa.uint8())))
-    fields += [
-        _field("tail_mass", _list(pa.float16())),
+        *_target_fields(identity),
         _field("teacher_nll", pa.float32()),
         _field("teacher_entropy", pa.float32()),
     ]
     fields += [_field(HIDDEN_PREFIX + layer, pa.binary()) for layer in identity.capture.hidden]
     return pa.schema(fields, metadata={METADATA_KEY: canonical_json(metadata.model_dump(mode="json"))})
+
+
+def draws_column(number: int) -> str:
+    """Return the name of the column of a set of draws: the first, 0, is `target_draws`, the others are numbered."""
+    return "target_draws" if number == 0 else f"target_draws_{number}"
+
+
+def _target_fields(identity: DatasetIdentity) -> list[Any]:
+    capture = identity.capture
+    if capture.kind == "text":
+        return []
+    count = pa.uint8() if max_entries(identity) <= 255 else pa.uint16()
+    fields = [_field("target_count", _list(count)), _field("target_id", _list(pa.int32()))]
+    if capture.kind != "sampled":
+        fields.append(_field("target_logprob", _list(pa.float16())))
+    if capture.draws is not None:
+        fields += [_field(draws_column(n), _list(pa.uint8())) for n in range(capture.draw_sets)]
+    if capture.kind != "sampled":
+        fields.append(_field("tail_mass", _list(pa.float16())))
+    return fields
 
 
 def file_metadata(schema: pa.Schema) -> FileMetadata:
@@ -94,13 +106,14 @@ def to_parquet(table: pa.Table) -> bytes:
     DuckDB 2.0 cannot read that encoding of them. Draws are few small numbers: a dictionary halves them.
     """
     sink = pa.BufferOutputStream()
-    names = set(table.column_names)
+    names = table.column_names
     pq.write_table(
         table,
         sink,
         compression="zstd",
         compression_level=3,
-        use_dictionary=[path for name, path in _DICTIONARY.items() if name in names],
+        use_dictionary=[name for name in names if name == "source"]
+        + [f"{name}.list.element" for name in names if name.startswith("target_draws")],
         use_byte_stream_split=[path for name, path in _BYTE_STREAM_SPLIT.items() if name in names],
         write_page_index=True,
         write_page_checksum=True,
@@ -120,7 +133,6 @@ def from_parquet(source: Any, columns: list[str] | None = None) -> pa.Table:
         raise IntegrityError(f"not a readable Parquet file: {error}") from error
 
 
-_DICTIONARY: Mapping[str, str] = {"source": "source", "target_draws": "target_draws.list.element"}
 _BYTE_STREAM_SPLIT: Mapping[str, str] = {
     "tokens": "tokens.list.element",
     "target_id": "target_id.list.element",

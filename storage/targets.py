@@ -6,8 +6,13 @@ all positions, in order. Position p owns `entry_offsets[p]:entry_offsets[p+1]`.
 How an estimate t̂ of the teacher's distribution is read from the entries, per position:
 
 * `topk`, `dense`: t̂ = exp(logprob) on the entries, `tail_mass` beyond them.
-* `hybrid`: entries with `draws == 0` are the exact head, t̂ = exp(logprob). The n draws share the mass outside
-  the head, M = tail_mass + Σ exp(logprob of drawn entries): t̂ = M · draws / n. Unbiased for any loss linear in t̂.
+* `hybrid`: entries that were never drawn are the exact head, t̂ = exp(logprob). The n draws of a set share the mass
+  outside the head, M = tail_mass + Σ exp(logprob of drawn entries): t̂ = M · draws / n.
+* `sampled`: t̂ = draws / n; `logprob` is the log of this, over all sets, and `tail_mass` is 0: neither is stored.
+* `text`: no entries, and so a `tail_mass` of 1.
+
+`hybrid` and `sampled` are unbiased for any loss linear in t̂. R independent sets of draws lie side by side: the entries
+are those of all sets, and `draw_set` gives one of them by itself.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +35,7 @@ class TargetBatch:
     count: Int32Array  # [P], entries kept at each position
     id: Int32Array  # [E], token ids; within a position: head by falling probability, then drawn by rising id
     logprob: Float16Array  # [E], natural log at T = 1
-    draws: UInt8Array | None  # [E], 0 = kept for its rank; only for kinds with draws
+    draws: UInt8Array | None  # [R, E], all 0 = kept for its rank; only for kinds with draws
     tail_mass: Float16Array  # [P], teacher probability outside the kept entries
     teacher_nll: Float32Array  # [N], mean over the sample's supervised positions, nats
     teacher_entropy: Float32Array  # [N], mean over the sample's supervised positions, nats
@@ -43,6 +48,11 @@ class TargetBatch:
     def num_positions(self) -> int:
         """Supervised positions of all samples."""
         return len(self.count)
+
+    @property
+    def num_draw_sets(self) -> int:
+        """Independent sets of draws, R; 1 for kinds without draws."""
+        return 1 if self.draws is None else len(self.draws)
 
     @property
     def entry_offsets(self) -> Int64Array:
@@ -59,7 +69,7 @@ class TargetBatch:
             count=self.count[positions],
             id=self.id[entries],
             logprob=self.logprob[entries],
-            draws=None if self.draws is None else self.draws[entries],
+            draws=None if self.draws is None else self.draws[:, entries],
             tail_mass=self.tail_mass[positions],
             teacher_nll=self.teacher_nll[picked],
             teacher_entropy=self.teacher_entropy[picked],
@@ -75,7 +85,7 @@ class TargetBatch:
             count=np.concatenate([b.count for b in batches]),
             id=np.concatenate([b.id for b in batches]),
             logprob=np.concatenate([b.logprob for b in batches]),
-            draws=np.concatenate(draws) if draws else None,
+            draws=np.concatenate(draws, axis=1) if draws else None,
             tail_mass=np.concatenate([b.tail_mass for b in batches]),
             teacher_nll=np.concatenate([b.teacher_nll for b in batches]),
             teacher_entropy=np.concatenate([b.teacher_entropy for b in batches]),

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from storage.draws import estimate
 from storage.errors import IntegrityError
 from storage.hidden import states_tensor
 from storage.samples import BoolArray, Int64Array, SampleBatch
@@ -53,7 +54,7 @@ def make_batch(samples: SampleBatch, targets: TargetBatch, kind: str, layers: tu
     Args:
         samples: N samples.
         targets: their targets, in the same order.
-        kind: kind of the targets: `topk`, `hybrid` or `dense`.
+        kind: kind of the targets.
         layers: dataset layers whose hidden states are wanted.
 
     Raises:
@@ -85,31 +86,17 @@ def make_batch(samples: SampleBatch, targets: TargetBatch, kind: str, layers: tu
 
 
 def sparse_targets(targets: TargetBatch, label: Int64Array, kind: str) -> SparseTargets:
-    """Return the targets as tensors, with the estimate t̂ that the kind calls for.
-
-    `topk` and `dense` entries are exact. Among `hybrid` entries those that were drawn share the mass outside the
-    exact head in proportion to their draws: t̂ = M · draws / n with M = tail + Σ of the drawn entries' own mass.
-    """
-    logprob = targets.logprob.astype(np.float32)
-    estimate = np.exp(logprob)
-    tail = targets.tail_mass.astype(np.float32)
-    if kind == "hybrid" and targets.draws is not None:
-        row = np.repeat(np.arange(targets.num_positions), targets.count)
-        draws = targets.draws.astype(np.float32)
-        drawn = targets.draws > 0
-        size = targets.num_positions
-        mass = tail + np.bincount(row, weights=np.where(drawn, estimate, 0.0), minlength=size).astype(np.float32)
-        total = np.bincount(row, weights=draws, minlength=size).astype(np.float32)
-        share = mass / np.maximum(total, 1.0)
-        estimate = np.where(drawn, share[row] * draws, estimate)
+    """Return the targets as tensors, with the estimate t̂ that the kind calls for; see `storage.targets`."""
+    entropy = np.repeat(targets.teacher_entropy, np.diff(targets.offsets))
     return SparseTargets(
         kind=kind,
         label=torch.from_numpy(label),
         entry_offsets=torch.from_numpy(targets.entry_offsets),
         id=torch.from_numpy(targets.id.astype(np.int64)),
-        estimate=torch.from_numpy(estimate.astype(np.float32)),
-        logprob=torch.from_numpy(logprob),
-        tail_mass=torch.from_numpy(tail),
+        estimate=torch.from_numpy(estimate(targets, kind)),
+        logprob=torch.from_numpy(targets.logprob.astype(np.float32)),
+        tail_mass=torch.from_numpy(targets.tail_mass.astype(np.float32)),
+        entropy=torch.from_numpy(entropy),
     )
 
 

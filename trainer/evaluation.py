@@ -51,7 +51,8 @@ def evaluate_model(
     Returns:
         `loss` {source: nats per supervised token}, `kl_to_teacher` (nats per token, from the stored targets),
         `top1_agreement` (share of positions where model and teacher have the same first choice), `ece` (expected
-        calibration error of the first choice against the text, 15 bins) and `tokens` {source: supervised}.
+        calibration error of the first choice against the text, 15 bins) and `tokens` {source: supervised}. On targets
+        of kind `text` there is no teacher to compare with: `kl_to_teacher` and `top1_agreement` are none.
     """
     model = _load(model_folder, device)
     totals = _Totals()
@@ -72,23 +73,27 @@ def evaluate_model(
 def evaluate_teacher(dataset: Dataset, ids_by_source: Mapping[str, Sequence[bytes]]) -> Scores:
     """Return the teacher's own scores on the samples, from what the dataset holds; needs no model.
 
-    Same keys as `evaluate_model`: `kl_to_teacher` is 0 and `top1_agreement` 1 by definition.
+    Same keys as `evaluate_model`: `kl_to_teacher` is 0 and `top1_agreement` 1 by definition, `ece` none where the
+    targets tell no probabilities.
     """
     loss: dict[str, float] = {}
     tokens: dict[str, int] = {}
+    told = True
     bins = _Bins()
     for source, samples, targets in _batches(dataset, ids_by_source):
         positions = samples.num_supervised()
         tokens[source] = tokens.get(source, 0) + int(positions.sum())
+        told = told and len(targets.id) > 0
         loss[source] = loss.get(source, 0.0) + float((targets.teacher_nll.astype(np.float64) * positions).sum())
-        sparse = make_batch(samples, targets, dataset.identity.capture.kind).targets
-        best, probability = first_choice(sparse)
-        bins.add(probability.numpy(), (best == sparse.label).numpy())
+        if told:
+            sparse = make_batch(samples, targets, dataset.identity.capture.kind).targets
+            best, probability = first_choice(sparse)
+            bins.add(probability.numpy(), (best == sparse.label).numpy())
     return {
         "loss": {source: loss[source] / max(tokens[source], 1) for source in loss},
         "kl_to_teacher": 0.0,
         "top1_agreement": 1.0,
-        "ece": bins.error(),
+        "ece": bins.error() if told else None,
         "tokens": tokens,
     }
 
@@ -156,6 +161,8 @@ class _Totals:
     tokens: dict[str, int] = field(default_factory=dict)
     kl: float = 0.0
     agreements: int = 0
+    told: bool = True
+    """Whether the targets tell the teacher's probabilities."""
     bins: _Bins = field(default_factory=_Bins)
 
     def add(self, source: str, targets: SparseTargets, logits: Tensor) -> None:
@@ -168,8 +175,10 @@ class _Totals:
         confidence, guess = logprob.max(-1)
         self.loss[source] = self.loss.get(source, 0.0) - float(own.double().sum())
         self.tokens[source] = self.tokens.get(source, 0) + len(own)
-        self.kl += float(divergence.double().sum())
-        self.agreements += int((guess == first_choice(targets)[0]).sum())
+        self.told = self.told and targets.kind != "text"
+        if self.told:
+            self.kl += float(divergence.double().sum())
+            self.agreements += int((guess == first_choice(targets)[0]).sum())
         self.bins.add(confidence.exp().cpu().numpy(), (guess == targets.label).cpu().numpy())
 
     def scores(self) -> Scores:
@@ -177,8 +186,8 @@ class _Totals:
         positions = max(sum(self.tokens.values()), 1)
         return {
             "loss": {source: self.loss[source] / max(self.tokens[source], 1) for source in self.loss},
-            "kl_to_teacher": self.kl / positions,
-            "top1_agreement": self.agreements / positions,
+            "kl_to_teacher": self.kl / positions if self.told else None,
+            "top1_agreement": self.agreements / positions if self.told else None,
             "ece": self.bins.error(),
             "tokens": self.tokens,
         }

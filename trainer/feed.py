@@ -9,6 +9,7 @@ from typing import Self
 
 from torch import Tensor
 
+from storage.draws import draw_set
 from storage.hidden import states_tensor
 from storage.reader import Dataset
 from storage.samples import UInt8Array
@@ -70,12 +71,15 @@ def step_loader(
     dataset: Dataset, order: PlannedOrder, train: TrainConfig, rank: int, world_size: int
 ) -> Callable[[int], StepData]:
     """Return the function that reads and lays out a rank's part of a step."""
-    kind = dataset.identity.capture.kind
+    capture = dataset.identity.capture
+    kind = capture.kind
     layers = tuple(train.loss.hidden_map) if train.loss.hidden > 0 else ()
     part = rank_slice(train.global_batch_size, rank, world_size)
 
     def load(step: int) -> StepData:
         samples, targets = dataset.read(order.step(step)[part])
+        # Another set of draws in each pass, as far as they go; the seed decides which one is first.
+        targets = draw_set(targets, kind, (order.step_epochs(step)[part] + train.seed) % capture.draw_sets)
         rows = take_microbatches(len(samples), train.micro_batch_size)
         batches = [make_batch(samples.take(list(r)), targets.take(list(r)), kind, layers) for r in rows]
         return StepData(batches, samples.sample_id, int(samples.supervised.sum()), samples.num_tokens)

@@ -126,6 +126,12 @@ class PlannedOrder:
         names = np.repeat(np.arange(len(self.sources)), self.counts[step])
         return [self.sources[n] for n in names[permutation(self.batch_size, "step", self._seed, step)]]
 
+    def step_epochs(self, step: int) -> Int64Array:
+        """Return which pass over its source each sample of a step belongs to, in the order of `step`, [batch_size]."""
+        first, last = self._given[step], self._given[step + 1]
+        taken = [np.arange(a, b) // len(p) for a, b, p in zip(first, last, self._pools, strict=True) if b > a]
+        return np.concatenate(taken)[permutation(self.batch_size, "step", self._seed, step)]
+
     def pool_start(self, num_samples: int) -> UInt8Array:
         """Return the first `num_samples` ids of all sources in sorted order, uint8 [n, 16]."""
         ids = np.concatenate(self._pools)

@@ -50,7 +50,7 @@ def _signed(value: float) -> str:
 
 def _agreement(evaluation: dict[str, Any]) -> Card | None:
     student, baseline = evaluation["student"], evaluation["baseline"]
-    if not student:
+    if not student or student["kl_to_teacher"] is None:
         return None
     kl = f"KL to teacher {student['kl_to_teacher']:.3f}"
     note = (

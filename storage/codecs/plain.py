@@ -7,6 +7,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from storage.contract import check_contract
+from storage.draws import sampled_logprob
 from storage.errors import InputError, IntegrityError
 from storage.identity import DatasetIdentity
 from storage.samples import ID_BYTES, Int16Array, Int64Array, SampleBatch, offsets_of, ragged_index
@@ -14,6 +15,7 @@ from storage.schema import (
     HIDDEN_PREFIX,
     FileMetadata,
     HiddenLayout,
+    draws_column,
     file_metadata,
     table_schema,
 )
@@ -50,11 +52,11 @@ def decode(table: pa.Table) -> tuple[SampleBatch, TargetBatch]:
     metadata = file_metadata(table.schema)
     try:
         samples = _read_samples(table)
-        targets = _read_targets(table, metadata)
+        targets = _read_targets(table, metadata, samples)
     except (KeyError, ValueError, pa.ArrowException) as error:
         raise IntegrityError(f"the columns of a data file cannot be read: {error}") from error
     entries = int(targets.count.sum())
-    sizes = (len(targets.id), len(targets.logprob), entries if targets.draws is None else len(targets.draws))
+    sizes = (len(targets.id), len(targets.logprob), entries if targets.draws is None else targets.draws.shape[1])
     if set(sizes) != {entries}:
         raise IntegrityError(f"a data file counts {entries} entries but holds {sizes} ids, log-probabilities and draws")
     if any(len(values) != targets.num_positions for values in targets.hidden.values()):
@@ -87,6 +89,7 @@ def _document_column(samples: SampleBatch, packed: NDArray[np.bool_]) -> Any:
 
 
 def _target_columns(targets: TargetBatch) -> dict[str, Any]:
+    """Return all columns that any kind has; the schema picks those of the dataset's."""
     entries = targets.entry_offsets[targets.offsets]
     columns: dict[str, Any] = {
         "target_count": (targets.count, targets.offsets),
@@ -96,8 +99,8 @@ def _target_columns(targets: TargetBatch) -> dict[str, Any]:
         "teacher_nll": pa.array(targets.teacher_nll, pa.float32()),
         "teacher_entropy": pa.array(targets.teacher_entropy, pa.float32()),
     }
-    if targets.draws is not None:
-        columns["target_draws"] = (targets.draws, entries)
+    for number, draws in enumerate(targets.draws if targets.draws is not None else []):
+        columns[draws_column(number)] = (draws, entries)
     for layer, values in targets.hidden.items():
         columns[HIDDEN_PREFIX + layer] = _binary_column(values, targets.offsets)
     return columns
@@ -173,23 +176,52 @@ def _read_document(table: pa.Table, offsets: Int64Array) -> Int16Array:
     return document
 
 
-def _read_targets(table: pa.Table, metadata: FileMetadata) -> TargetBatch:
-    count, offsets = _flat(table, "target_count", None)
-    tail_mass, tail_offsets = _flat(table, "tail_mass", np.float16)
-    if not np.array_equal(offsets, tail_offsets):
-        raise ValueError("`target_count` and `tail_mass` differ in length")
-    draws = _flat(table, "target_draws", np.uint8)[0] if "target_draws" in table.column_names else None
+def _read_targets(table: pa.Table, metadata: FileMetadata, samples: SampleBatch) -> TargetBatch:
+    entries = _no_entries(samples) if metadata.kind == "text" else _read_entries(table, metadata.kind)
     return TargetBatch(
-        offsets=offsets,
-        count=count.astype(np.int32),
-        id=_flat(table, "target_id", np.int32)[0],
-        logprob=_flat(table, "target_logprob", np.float16)[0],
-        draws=draws,
-        tail_mass=tail_mass,
+        **entries,
         teacher_nll=_scalars(table, "teacher_nll"),
         teacher_entropy=_scalars(table, "teacher_entropy"),
         hidden={layer: _read_hidden(table, layer, layout) for layer, layout in metadata.hidden.items()},
     )
+
+
+def _no_entries(samples: SampleBatch) -> dict[str, Any]:
+    offsets = offsets_of(samples.num_supervised())
+    return {
+        "offsets": offsets,
+        "count": np.zeros(offsets[-1], dtype=np.int32),
+        "id": np.zeros(0, dtype=np.int32),
+        "logprob": np.zeros(0, dtype=np.float16),
+        "draws": None,
+        "tail_mass": np.ones(offsets[-1], dtype=np.float16),
+    }
+
+
+def _read_entries(table: pa.Table, kind: str) -> dict[str, Any]:
+    counts, offsets = _flat(table, "target_count", None)
+    count = counts.astype(np.int32)
+    names = [name for name in table.column_names if name.startswith(draws_column(0))]
+    draws = np.stack([_flat(table, name, np.uint8)[0] for name in names]) if names else None
+    if kind == "sampled":
+        if draws is None:
+            raise ValueError("there are no draws")
+        if draws.shape[1] != int(count.sum()):
+            raise ValueError(f"{draws.shape[1]} draws for {int(count.sum())} entries")
+        logprob, tail_mass, tail_offsets = sampled_logprob(draws, count), np.zeros(len(count), np.float16), offsets
+    else:
+        logprob = _flat(table, "target_logprob", np.float16)[0]
+        tail_mass, tail_offsets = _flat(table, "tail_mass", np.float16)
+    if not np.array_equal(offsets, tail_offsets):
+        raise ValueError("`target_count` and `tail_mass` differ in length")
+    return {
+        "offsets": offsets,
+        "count": count,
+        "id": _flat(table, "target_id", np.int32)[0],
+        "logprob": logprob,
+        "draws": draws,
+        "tail_mass": tail_mass,
+    }
 
 
 def _read_hidden(table: pa.Table, layer: str, layout: HiddenLayout) -> NDArray[Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from storage_faults import FlakyFileSystem
 
+from storage.draws import sampled_logprob
 from storage.identity import CaptureIdentity, DatasetIdentity, TeacherIdentity, TokenizerIdentity
 from storage.object_store import Store
 from storage.samples import Sample, SampleBatch, offsets_of
@@ -25,9 +26,10 @@ def build_identity(
     """Return an identity; `fields` replace top_k, draws, seed, hidden_dtype, weights, …"""
     capture = {
         "kind": kind,
-        "top_k": fields.get("top_k", 6) if kind != "dense" else None,
-        "draws": fields.get("draws", 5) if kind == "hybrid" else None,
-        "seed": fields.get("seed", 0) if kind == "hybrid" else None,
+        "top_k": fields.get("top_k", 6) if kind in {"topk", "hybrid"} else None,
+        "draws": fields.get("draws", 5) if kind in {"hybrid", "sampled"} else None,
+        "draw_sets": fields.get("draw_sets", 1) if kind in {"hybrid", "sampled"} else 1,
+        "seed": fields.get("seed", 0) if kind in {"hybrid", "sampled"} else None,
         "hidden": hidden or [],
         "hidden_dtype": fields.get("hidden_dtype", "float16") if hidden else None,
     }
@@ -66,6 +68,8 @@ def build_targets(
     samples: SampleBatch, identity: DatasetIdentity, rng: np.random.Generator, width: int = 8
 ) -> TargetBatch:
     """Return targets of random distributions that keep the contract."""
+    if identity.capture.kind == "text":
+        return text_targets(samples, identity, rng, width)
     vocab_size, capture = identity.tokenizer.vocab_size, identity.capture
     per_sample = samples.num_supervised()
     count, ids, logprobs, draws, tail = [], [], [], [], []
@@ -73,31 +77,60 @@ def build_targets(
         p = rng.dirichlet(np.full(vocab_size, 0.02)).astype(np.float64) + 1e-9
         p /= p.sum()
         order = np.argsort(-p, kind="stable")
-        head = order[: vocab_size if capture.kind == "dense" else capture.top_k]
-        drawn = np.zeros(vocab_size, dtype=np.int64)
+        head = order[: vocab_size if capture.kind == "dense" else capture.top_k or 0]
+        drawn = np.zeros((capture.draw_sets, vocab_size), dtype=np.int64)
         rest = p.copy()
         rest[head] = 0
         if capture.draws and rest.sum() > 0:
-            drawn = rng.multinomial(capture.draws, rest / rest.sum())
-        kept = np.concatenate([head, np.flatnonzero(drawn)])
+            drawn = rng.multinomial(capture.draws, rest / rest.sum(), size=capture.draw_sets)
+        kept = np.concatenate([head, np.flatnonzero(drawn.any(0))])
         count.append(len(kept))
         ids.append(kept)
         logprobs.append(np.log(p[kept]))
-        draws.append(drawn[kept])
+        draws.append(drawn[:, kept])
         tail.append(max(0.0, 1 - p[kept].sum()))
-    dtype = np.float16 if capture.hidden_dtype == "float16" else np.uint16
-    hidden = rng.normal(size=(len(count), width)).astype(np.float16).view(dtype)
+    all_draws = np.concatenate([np.zeros((capture.draw_sets, 0)), *draws], axis=1).astype(np.uint8)
+    if capture.kind == "sampled":
+        logprobs = [sampled_logprob(all_draws, np.asarray(count, dtype=np.int32))]
+        tail = [0.0] * len(count)
     return TargetBatch(
         offsets=offsets_of(per_sample),
         count=np.asarray(count, dtype=np.int32),
         id=np.concatenate([*ids, np.zeros(0)]).astype(np.int32),
         logprob=np.concatenate([*logprobs, np.zeros(0)]).astype(np.float16),
-        draws=np.concatenate([*draws, np.zeros(0)]).astype(np.uint8) if capture.kind == "hybrid" else None,
+        draws=all_draws if capture.draws else None,
         tail_mass=np.asarray(tail, dtype=np.float16),
         teacher_nll=rng.random(len(samples)).astype(np.float32),
         teacher_entropy=rng.random(len(samples)).astype(np.float32),
-        hidden=dict.fromkeys(capture.hidden, hidden),
+        hidden=made_up_hidden(identity, len(count), rng, width),
     )
+
+
+def text_targets(
+    samples: SampleBatch, identity: DatasetIdentity, rng: np.random.Generator, width: int = 8
+) -> TargetBatch:
+    """Return targets of kind `text`: no entries."""
+    positions = int(samples.num_supervised().sum())
+    return TargetBatch(
+        offsets=offsets_of(samples.num_supervised()),
+        count=np.zeros(positions, dtype=np.int32),
+        id=np.zeros(0, dtype=np.int32),
+        logprob=np.zeros(0, dtype=np.float16),
+        draws=None,
+        tail_mass=np.ones(positions, dtype=np.float16),
+        teacher_nll=rng.random(len(samples)).astype(np.float32),
+        teacher_entropy=rng.random(len(samples)).astype(np.float32),
+        hidden=made_up_hidden(identity, positions, rng, width),
+    )
+
+
+def made_up_hidden(
+    identity: DatasetIdentity, positions: int, rng: np.random.Generator, width: int
+) -> dict[str, np.ndarray]:
+    """Return random hidden states of every layer that the identity names."""
+    dtype = np.float16 if identity.capture.hidden_dtype == "float16" else np.uint16
+    states = rng.normal(size=(positions, width)).astype(np.float16).view(dtype)
+    return dict.fromkeys(identity.capture.hidden, states)
 
 
 def build_unit(identity: DatasetIdentity, num_samples: int = 6, seed: int = 0) -> Unit:

@@ -42,6 +42,9 @@ def test_fingerprint_leaves_out_the_name_alone(make_identity: MakeIdentity) -> N
         {"vocab_size": 501},
         {"top_k": 7},
         {"draws": 4},
+        {"draw_sets": 2},
+        {"kind": "sampled"},
+        {"kind": "text"},
         {"seed": 1},
         {"hidden": ["final"]},
         {"weights": "00" * 32},
@@ -94,7 +97,16 @@ def test_capture_identity_keeps_what_applies() -> None:
     dense = CaptureIdentity.of(CacheConfig.model_validate(config | {"kind": "dense", "hidden": ["b", "a", "b"]}))
     assert (dense.top_k, dense.hidden, dense.hidden_dtype) == (None, ["a", "b"], "bfloat16")
     hybrid = CaptureIdentity.of(CacheConfig.model_validate(config | {"kind": "hybrid"}))
-    assert (hybrid.top_k, hybrid.draws, hybrid.seed) == (9, 3, 5)
+    assert (hybrid.top_k, hybrid.draws, hybrid.draw_sets, hybrid.seed) == (9, 3, 1, 5)
+    sampled = CaptureIdentity.of(CacheConfig.model_validate(config | {"kind": "sampled", "draw_sets": 2}))
+    assert (sampled.top_k, sampled.draws, sampled.draw_sets, sampled.seed) == (None, 3, 2, 5)
+    text = CaptureIdentity.of(CacheConfig.model_validate(config | {"kind": "text", "draw_sets": 2}))
+    assert (text.top_k, text.draws, text.draw_sets, text.seed) == (None, None, 1, None)
+
+
+def test_one_set_of_draws_is_left_out_of_the_json(make_identity: MakeIdentity) -> None:
+    assert "draw_sets" not in make_identity().model_dump_json()
+    assert make_identity(draw_sets=3).model_dump()["capture"]["draw_sets"] == 3
 
 
 @pytest.mark.parametrize(

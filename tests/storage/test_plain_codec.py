@@ -29,7 +29,8 @@ LAST_COLUMNS = ["tail_mass", "teacher_nll", "teacher_entropy"]
 
 @settings(max_examples=40, deadline=None)
 @given(
-    kind=st.sampled_from(["topk", "hybrid", "dense"]),
+    kind=st.sampled_from(["topk", "hybrid", "sampled", "dense", "text"]),
+    draw_sets=st.integers(1, 3),
     hidden=st.sampled_from([[], ["final"], ["final", "model.layers.3"]]),
     hidden_dtype=st.sampled_from(["float16", "bfloat16"]),
     vocab_size=st.integers(2, 400),
@@ -41,13 +42,14 @@ def test_round_trip_through_parquet_is_exact(
     make_unit: MakeUnit,
     assert_same_unit: SameUnit,
     kind: str,
+    draw_sets: int,
     hidden: list[str],
     hidden_dtype: str,
     vocab_size: int,
     num_samples: int,
     seed: int,
 ) -> None:
-    identity = make_identity(kind, vocab_size, hidden, hidden_dtype=hidden_dtype)
+    identity = make_identity(kind, vocab_size, hidden, hidden_dtype=hidden_dtype, draw_sets=draw_sets)
     unit = make_unit(identity, num_samples, seed)
     table = from_parquet(to_parquet(plain.encode(*unit, identity)))
     assert_same_unit(plain.decode(table), unit)
@@ -59,12 +61,14 @@ def test_round_trip_through_parquet_is_exact(
 
 
 @pytest.mark.parametrize(
-    ("kind", "extra"), [("topk", []), ("hybrid", ["target_draws"]), ("dense", [])], ids=["topk", "hybrid", "dense"]
+    ("kind", "extra"),
+    [("topk", []), ("hybrid", ["target_draws", "target_draws_1"]), ("dense", [])],
+    ids=["topk", "hybrid", "dense"],
 )
 def test_columns_are_those_of_the_design(
     make_identity: MakeIdentity, make_unit: MakeUnit, kind: str, extra: list[str]
 ) -> None:
-    identity = make_identity(kind, hidden=["final"])
+    identity = make_identity(kind, hidden=["final"], draw_sets=2)
     table = from_parquet(to_parquet(plain.encode(*make_unit(identity), identity)))
     assert table.column_names == [*SAMPLE_COLUMNS, *TARGET_COLUMNS, *extra, *LAST_COLUMNS, "hidden_final"]
     types = {name: table.schema.field(name).type for name in table.column_names}
@@ -74,13 +78,33 @@ def test_columns_are_those_of_the_design(
     count = pa.uint16() if kind == "dense" else pa.uint8()
     expected = {"tokens": pa.int32(), "supervised": pa.bool_(), "document": pa.int16(), "target_count": count}
     expected |= {"target_id": pa.int32(), "target_logprob": pa.float16(), "tail_mass": pa.float16()}
-    expected |= {"target_draws": pa.uint8()} if extra else {}
+    expected |= dict.fromkeys(extra, pa.uint8())
     assert values == expected
     assert types["teacher_nll"] == types["teacher_entropy"] == pa.float32()
     assert types["hidden_final"] == pa.binary()
     metadata = file_metadata(table.schema)
     assert (metadata.fingerprint, metadata.kind) == (identity.fingerprint, kind)
     assert metadata.hidden["final"].model_dump() == {"dtype": "float16", "width": 8}
+
+
+def test_sampled_and_text_keep_what_they_need(make_identity: MakeIdentity, make_unit: MakeUnit) -> None:
+    for kind, columns in (("sampled", ["target_count", "target_id", "target_draws"]), ("text", [])):
+        identity = make_identity(kind)
+        table = plain.encode(*make_unit(identity), identity)
+        assert table.column_names == [*SAMPLE_COLUMNS, *columns, *LAST_COLUMNS[1:]]
+
+
+def test_never_drawn_entries_of_a_sample_are_refused(make_identity: MakeIdentity, make_unit: MakeUnit) -> None:
+    identity = make_identity("sampled")
+    samples, targets = make_unit(identity)
+    first, second = int(targets.entry_offsets[0]), int(targets.entry_offsets[1])
+    draws = targets.draws.copy()
+    draws[0, first:second] = 0
+    with pytest.raises(IntegrityError, match="draws that do not add up to 5"):
+        plain.encode(samples, replace(targets, draws=draws), identity)
+    draws[0, first] = 5
+    with pytest.raises(IntegrityError, match="entries that were never drawn"):
+        plain.encode(samples, replace(targets, draws=draws), identity)
 
 
 def test_document_is_null_where_there_is_one(make_identity: MakeIdentity, make_unit: MakeUnit) -> None:
@@ -157,7 +181,11 @@ TARGET_FAULTS: dict[str, tuple[Callable[[TargetBatch], dict[str, Any]], str]] = 
     "negative tail": (lambda t: {"tail_mass": _set(t.tail_mass, 0, -0.01)}, "a tail mass outside 0 to 1"),
     "tail above 1": (lambda t: {"tail_mass": _set(t.tail_mass, 0, 1.1)}, "a tail mass outside 0 to 1"),
     "wrong tail": (lambda t: {"tail_mass": np.float16(1) - t.tail_mass}, "do not add up to 1"),
-    "draws short": (lambda t: {"draws": _set(t.draws, int(np.flatnonzero(t.draws)[0]), 0)}, "draws that do not add"),
+    "draws short": (
+        lambda t: {"draws": _set(t.draws[0], int(np.flatnonzero(t.draws[0])[0]), 0)[None]},
+        "draws that do not add",
+    ),
+    "a set too many": (lambda t: {"draws": np.repeat(t.draws, 2, axis=0)}, "2 sets of draws came where 1 belong"),
     "no entries": (
         lambda t: {"count": _set(_set(t.count, 0, 0), 1, t.count[0] + t.count[1])},
         "positions without 1 to 11",

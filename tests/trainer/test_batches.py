@@ -1,15 +1,20 @@
 """From samples to tensors: padding, packed attention, and the estimate that each kind stands for."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from storage.draws import draw_set
 from storage.errors import IntegrityError
 from storage.samples import SampleBatch
-from tests.trainer.tiny import QWEN2, made_up_targets
+from tests.trainer.tiny import QWEN2, made_up_targets, make_run, train_config
 from tests.workers.tiny import VOCAB_SIZE, window
 from trainer.batches import make_batch, take_microbatches
+from trainer.feed import step_loader
+from trainer.sampler import PlannedOrder
 from trainer.student import predictor_logits, predictor_states
 
 
@@ -68,7 +73,7 @@ def test_hybrid_estimate_shares_the_mass_outside_the_head_by_draws() -> None:
     for p in range(targets.num_positions):
         part = slice(*targets.entry_offsets[p : p + 2])
         kept = np.exp(targets.logprob[part].astype(np.float64))
-        draws = targets.draws[part]
+        draws = targets.draws[0, part]
         head = kept[draws == 0].sum()
         mass = float(targets.tail_mass[p]) + kept[draws > 0].sum()
         expected = np.where(draws > 0, mass * draws / draws.sum(), kept)
@@ -96,3 +101,19 @@ def test_targets_of_other_samples_are_refused() -> None:
 
 def test_microbatches_cover_the_rows_in_order() -> None:
     assert [list(rows) for rows in take_microbatches(5, 2)] == [[0, 1], [2, 3], [4]]
+
+
+def test_each_pass_over_a_sample_reads_the_next_set_of_draws(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "sampled", draw_sets=2)
+    train = train_config(global_batch_size=4, seed=1)
+    pool = run.samples.ids(run.samples.rows("train", "general"))[:4]
+    order = PlannedOrder({"general": pool}, np.ones((3, 1)), 4, seed=1)
+    load = step_loader(run.dataset, order, train, rank=0, world_size=1)
+    _, both = run.dataset.read(pool)
+    for step in range(3):
+        data = load(step)
+        for batch in data.batches:
+            rows = [pool.index(sample_id) for sample_id in batch.ids]
+            wanted = draw_set(both.take(rows), "sampled", np.full(len(rows), (step + 1) % 2))
+            assert batch.targets.id.tolist() == wanted.id.tolist()
+            assert batch.targets.estimate.sum().item() == pytest.approx(batch.num_supervised)

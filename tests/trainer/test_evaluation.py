@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from storage.errors import InputError
-from tests.trainer.tiny import QWEN2, TinyRun, teacher_logits
+from tests.trainer.tiny import QWEN2, TinyRun, make_run, teacher_logits
 from trainer.config import StudentConfig
 from trainer.evaluation import BINS, SHOWN_CHOICES, evaluate_model, evaluate_teacher, token_views
 from trainer.student import build_student
@@ -101,3 +101,21 @@ def test_nothing_to_evaluate_and_no_model_are_told(hybrid_run: TinyRun, model_fo
         evaluate_model(model_folder, hybrid_run.dataset, {"general": []})
     with pytest.raises(InputError, match="holds no causal language model"):
         evaluate_model(tmp_path, hybrid_run.dataset, heldout(hybrid_run))
+
+
+def test_sampled_targets_give_the_divergence_and_text_gives_none(
+    hybrid_run: TinyRun, model_folder: Path, tmp_path: Path
+) -> None:
+    known = evaluate_model(model_folder, hybrid_run.dataset, heldout(hybrid_run))
+    sampled = make_run(tmp_path, "sampled")
+    scores = evaluate_model(model_folder, sampled.dataset, heldout(sampled))
+    assert scores["loss"] == pytest.approx(known["loss"], rel=1e-6)
+    assert scores["kl_to_teacher"] == pytest.approx(known["kl_to_teacher"], abs=0.15)
+    (tmp_path / "text").mkdir()
+    text = make_run(tmp_path / "text", "text")
+    scores = evaluate_model(model_folder, text.dataset, heldout(text))
+    assert scores["loss"] == pytest.approx(known["loss"], rel=1e-6)
+    assert scores["kl_to_teacher"] is None and scores["top1_agreement"] is None
+    assert scores["ece"] == pytest.approx(known["ece"], abs=1e-6)
+    assert evaluate_teacher(text.dataset, heldout(text))["ece"] is None
+    assert len(token_views(model_folder, text.dataset, heldout(text)["general"][:1])) == 1

@@ -15,7 +15,7 @@ from trainer.losses import SPARSE_LOSSES, ForwardKL, HeadTerms, SparseTargets, h
 from trainer.losses import head as head_module
 
 VOCAB, WIDTH = 64, 16
-KINDS = ["topk", "hybrid", "dense"]
+KINDS = ["topk", "hybrid", "sampled", "dense"]
 
 
 def problem(kind: str, seed: int = 0, top_k: int = 6, draws: int = 5) -> tuple[SparseTargets, np.ndarray, TargetBatch]:
@@ -43,6 +43,8 @@ def reference(student: Tensor, targets: SparseTargets, kl: float, ce: float) -> 
     known = torch.zeros_like(estimate)
     known[row, targets.id] = targets.logprob.double()
     divergence = (estimate * (known - logprob)).sum()
+    if targets.kind == "sampled":
+        divergence = -(estimate * logprob).sum() - targets.entropy.double().sum()
     if targets.kind == "topk":
         inside = torch.zeros_like(estimate, dtype=torch.bool)
         inside[row, targets.id] = True
@@ -114,15 +116,23 @@ def test_topk_gradient_is_that_of_the_full_divergence_inside_and_follows_the_tai
     assert 0 < total.item() < full.item()
 
 
-def test_hybrid_is_unbiased_and_cut_topk_would_not_be() -> None:
-    _, teacher, _ = problem("hybrid", top_k=3, draws=4)
+@pytest.mark.parametrize(("kind", "draws"), [("hybrid", 4), ("sampled", 12)])
+def test_draws_are_unbiased_and_cut_topk_would_not_be(kind: str, draws: int) -> None:
+    _, teacher, _ = problem(kind, top_k=3, draws=draws)
     t = torch.from_numpy(teacher).softmax(-1)
-    estimates = [dense_estimate(problem("hybrid", top_k=3, draws=4)[0])]
+    estimates = [dense_estimate(problem(kind, top_k=3, draws=draws)[0])]
     samples = SampleBatch.of([window([20, 15], 0)])
     label = samples.tokens[samples.supervised].astype(np.int64)
+    student = torch.randn(t.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    full = (t * (t.log() - student.log_softmax(-1))).sum()
+    values = []
     for seed in range(1, 200):
-        targets = targets_from_logits(samples, teacher, "hybrid", top_k=3, draws=4, seed=seed)
-        estimates.append(dense_estimate(sparse_targets(targets, label, "hybrid")))
+        targets = targets_from_logits(samples, teacher, kind, top_k=3, draws=draws, seed=seed)
+        sparse = sparse_targets(targets, label, kind)
+        estimates.append(dense_estimate(sparse))
+        values.append(logits_loss(student.float(), sparse, HeadTerms(0.0, [(1.0, ForwardKL())]))[0].item())
+    error = np.std(values) / np.sqrt(len(values))
+    assert abs(np.mean(values) - full.item()) < 4 * error + 2e-3 * full.item()
     mean = torch.stack(estimates).mean(0)
     torch.testing.assert_close(mean.sum(-1), torch.ones(len(t), dtype=torch.float64), rtol=0, atol=1e-3)
     assert float((mean - t).abs().sum(-1).mean()) < 0.09

@@ -41,6 +41,20 @@ def mixtures(draw: st.DrawFn, most_sources: int = 4) -> tuple[np.ndarray, int]:
     return rows / rows.sum(1, keepdims=True), draw(st.integers(1, 40))
 
 
+def test_every_pass_over_a_source_has_its_number() -> None:
+    order = PlannedOrder(POOLS, ramp(20), 6, seed=3)
+    seen: Counter[bytes] = Counter()
+    for step in range(20):
+        ids, epochs = order.step(step), order.step_epochs(step)
+        assert epochs.shape == (6,)
+        # A step's samples are shuffled, so that one seen twice in it may come in either order.
+        for sample_id in {row.tobytes() for row in ids}:
+            numbers = sorted(epochs[[row.tobytes() == sample_id for row in ids]].tolist())
+            assert numbers == list(range(seen[sample_id], seen[sample_id] + len(numbers)))
+            seen[sample_id] += len(numbers)
+    assert max(seen.values()) > 3
+
+
 @given(mixtures())
 def test_every_step_is_full_and_sources_without_a_share_give_nothing(mixture: tuple[np.ndarray, int]) -> None:
     shares, size = mixture

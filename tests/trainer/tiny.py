@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.config import DataConfig, SourceConfig
+from storage.draws import sampled_logprob
 from storage.identity import CaptureIdentity, DatasetIdentity, TeacherIdentity, TokenizerIdentity
 from storage.reader import Dataset
 from storage.sample_set import SampleSet, prepare_samples
@@ -102,7 +103,12 @@ def train_config(**fields: Any) -> TrainConfig:
 
 
 def make_run(
-    folder: Path, kind: str = "hybrid", hidden: tuple[str, ...] = (), pack: bool = True, documents: int = 60
+    folder: Path,
+    kind: str = "hybrid",
+    hidden: tuple[str, ...] = (),
+    pack: bool = True,
+    documents: int = 60,
+    draw_sets: int = 1,
 ) -> TinyRun:
     """Write text of two sources, its samples, and targets of a made-up teacher for all of them."""
     rng = np.random.default_rng(0)
@@ -123,9 +129,10 @@ def make_run(
         capture=CaptureIdentity.model_validate(
             {
                 "kind": kind,
-                "top_k": None if kind == "dense" else 6,
-                "draws": 5 if kind == "hybrid" else None,
-                "seed": 0 if kind == "hybrid" else None,
+                "top_k": 6 if kind in {"topk", "hybrid"} else None,
+                "draws": 5 if kind in {"hybrid", "sampled"} else None,
+                "draw_sets": draw_sets,
+                "seed": 0 if kind in {"hybrid", "sampled"} else None,
                 "hidden": sorted(hidden),
                 "hidden_dtype": "float16" if hidden else None,
             }
@@ -135,7 +142,8 @@ def make_run(
     writer = DatasetWriter.create(url, identity)
     for n, rows in enumerate(np.array_split(np.arange(samples.num_samples), 3)):
         batch = samples.read(rows)
-        writer.commit(f"unit{n}", batch, made_up_targets(batch, kind, tokenizer.vocab_size, hidden), attempt=0)
+        targets = made_up_targets(batch, kind, tokenizer.vocab_size, hidden, draw_sets)
+        writer.commit(f"unit{n}", batch, targets, attempt=0)
     return TinyRun(folder, tokenizer_folder, samples, url, identity)
 
 
@@ -149,10 +157,12 @@ def teacher_logits(samples: SampleBatch, vocab_size: int) -> NDArray[np.float64]
     return np.asarray(logits)
 
 
-def made_up_targets(samples: SampleBatch, kind: str, vocab_size: int, hidden: tuple[str, ...] = ()) -> TargetBatch:
+def made_up_targets(
+    samples: SampleBatch, kind: str, vocab_size: int, hidden: tuple[str, ...] = (), draw_sets: int = 1
+) -> TargetBatch:
     """Return targets of `kind` (6 kept, 5 draws) from the made-up teacher."""
     logits = teacher_logits(samples, vocab_size)
-    return targets_from_logits(samples, logits, kind, top_k=6, draws=5, hidden=hidden)
+    return targets_from_logits(samples, logits, kind, top_k=6, draws=5, hidden=hidden, draw_sets=draw_sets)
 
 
 def targets_from_logits(
@@ -163,23 +173,26 @@ def targets_from_logits(
     draws: int,
     hidden: tuple[str, ...] = (),
     seed: int = 0,
+    draw_sets: int = 1,
 ) -> TargetBatch:
     """Return sparse targets of dense logits [P, V], by plain sorting and sampling."""
     rng = np.random.default_rng(seed)
     logprob = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
     logprob -= logits.max(1, keepdims=True)
     ids, logs, drawn, counts, tails = [], [], [], [], []
+    draws_of = {"hybrid": draws, "sampled": draws}.get(kind, 0)
     for row in logprob:
         order = np.argsort(-row, kind="stable")
-        head = order if kind == "dense" else order[:top_k]
-        times = np.zeros(len(head), dtype=np.int64)
-        if kind == "hybrid":
-            rest = np.sort(order[top_k:])
+        head = order if kind == "dense" else order[: {"sampled": 0, "text": 0}.get(kind, top_k)]
+        times = np.zeros((draw_sets, len(head)), dtype=np.int64)
+        if draws_of:
+            rest = np.sort(order[len(head) :])
             mass = np.exp(row[rest])
-            points = (rng.random() + np.arange(draws)) * mass.sum() / draws
-            hits = np.bincount(np.searchsorted(np.cumsum(mass), points).clip(max=len(rest) - 1), minlength=len(rest))
-            head = np.concatenate([head, rest[hits > 0]])
-            times = np.concatenate([times, hits[hits > 0]])
+            points = (rng.random((draw_sets, 1)) + np.arange(draws_of)) * mass.sum() / draws_of
+            found = np.searchsorted(np.cumsum(mass), points).clip(max=len(rest) - 1)
+            hits = np.stack([np.bincount(one, minlength=len(rest)) for one in found])
+            head = np.concatenate([head, rest[hits.any(0)]])
+            times = np.concatenate([times, hits[:, hits.any(0)]], axis=1)
         ids.append(head)
         logs.append(row[head])
         drawn.append(times)
@@ -187,14 +200,26 @@ def targets_from_logits(
         tails.append(max(0.0, 1.0 - np.exp(row[head]).sum()))
     num_samples = len(samples)
     positions = len(logits)
+    count = np.array(counts, dtype=np.int32)
+    times = np.concatenate(drawn, axis=1).astype(np.uint8)
+    if kind == "sampled":
+        logs, tails = [sampled_logprob(times, count)], [0.0] * positions
     return TargetBatch(
         offsets=np.concatenate([[0], np.cumsum(samples.num_supervised())]).astype(np.int64),
-        count=np.array(counts, dtype=np.int32),
+        count=count,
         id=np.concatenate(ids).astype(np.int32),
         logprob=np.minimum(np.concatenate(logs), 0.0).astype(np.float16),
-        draws=np.concatenate(drawn).astype(np.uint8) if kind == "hybrid" else None,
+        draws=times if draws_of else None,
         tail_mass=np.array(tails, dtype=np.float16),
         teacher_nll=np.ones(num_samples, dtype=np.float32),
-        teacher_entropy=np.ones(num_samples, dtype=np.float32),
+        teacher_entropy=_mean_entropy(logprob, samples),
         hidden={layer: rng.normal(0, 2, (positions, 24)).astype(np.float16) for layer in hidden},
     )
+
+
+def _mean_entropy(logprob: NDArray[np.float64], samples: SampleBatch) -> NDArray[np.float32]:
+    """Return the mean entropy over each sample's positions, [N]."""
+    entropy = -(np.exp(logprob) * logprob).sum(1)
+    owner = np.repeat(np.arange(len(samples)), samples.num_supervised())
+    sums = np.bincount(owner, weights=entropy, minlength=len(samples))
+    return (sums / np.maximum(samples.num_supervised(), 1)).astype(np.float32)

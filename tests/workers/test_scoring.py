@@ -1,10 +1,14 @@
 """A unit scored by one rank or by several, against plain transformers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from storage.contract import check_contract
 from storage.errors import InputError, IntegrityError
+from storage.identity import CaptureIdentity, DatasetIdentity, TeacherIdentity, TokenizerIdentity
 from storage.samples import SampleBatch
 from storage.targets import TargetBatch
 from tests.workers.tiny import PADDED_SIZE, VOCAB_SIZE, tiny_model, window
@@ -18,7 +22,7 @@ CPU = torch.device("cpu")
 
 def settings(data_parallel: bool = False, kind: str = "hybrid", hidden: tuple[str, ...] = ()) -> ScoringSettings:
     selection = SelectionSettings(kind=kind, top_k=6, draws=5, vocab_size=VOCAB_SIZE)  # type: ignore[arg-type]
-    return ScoringSettings(selection, 0, hidden, "float16", batch_tokens=24, data_parallel=data_parallel)
+    return ScoringSettings(selection, 0, 1, hidden, "float16", batch_tokens=24, data_parallel=data_parallel)
 
 
 def targets(model: torch.nn.Module, how: ScoringSettings, num_ranks: int = 1) -> TargetBatch:
@@ -50,6 +54,25 @@ def test_targets_match_plain_transformers() -> None:
     nll = -expected[np.arange(len(truth)), truth].numpy()
     ends = np.cumsum(SAMPLES.num_supervised())
     np.testing.assert_allclose(got.teacher_nll, [part.mean() for part in np.split(nll, ends[:-1])], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sampled", "text"])
+def test_kinds_without_logprobs_are_scored_and_keep_the_contract(kind: str) -> None:
+    how = replace(settings(kind=kind), draw_sets=2 if kind == "sampled" else 1)
+    got = targets(tiny_model("qwen2"), how)
+    identity = DatasetIdentity(
+        teacher=TeacherIdentity(name="tiny", architecture="Qwen2", weights="0" * 64, parameters=1),
+        tokenizer=TokenizerIdentity(digest="0" * 64, vocab_size=VOCAB_SIZE),
+        precision="float32",
+        capture=CaptureIdentity(
+            kind=kind,  # type: ignore[arg-type]
+            draws=5 if kind == "sampled" else None,
+            draw_sets=how.draw_sets,
+            seed=0 if kind == "sampled" else None,
+        ),
+    )
+    check_contract(SAMPLES, got, identity)
+    assert (got.teacher_nll > 0).all() and (got.teacher_entropy > 0).all()
 
 
 @pytest.mark.parametrize("data_parallel", [False, True])

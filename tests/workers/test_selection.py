@@ -15,9 +15,11 @@ def peaked_logits(positions: int, width: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(positions, width, generator=generator) * sharpness
 
 
-def run(logits: torch.Tensor, kind: str, vocab_size: int, top_k: int = 8, draws: int = 6, seed: int = 0) -> Selection:
+def run(
+    logits: torch.Tensor, kind: str, vocab_size: int, top_k: int = 8, draws: int = 6, seed: int = 0, draw_sets: int = 1
+) -> Selection:
     truth = torch.arange(len(logits)) % vocab_size
-    uniform = torch.from_numpy(np.random.default_rng(seed).random(len(logits)))
+    uniform = torch.from_numpy(np.random.default_rng(seed).random((draw_sets, len(logits))).T.copy())
     settings = SelectionSettings(kind=kind, top_k=top_k, draws=draws, vocab_size=vocab_size)  # type: ignore[arg-type]
     return select(logits, torch.arange(len(logits)), truth, uniform, settings)
 
@@ -56,7 +58,7 @@ def test_hybrid_head_draws_and_tail() -> None:
     got = run(logits, "hybrid", 2000)
     reference = torch.log_softmax(logits.double(), -1)
     assert got.draws is not None
-    parts = zip(split(got, got.id), split(got, got.logprob), split(got, got.draws), strict=True)
+    parts = zip(split(got, got.id), split(got, got.logprob), split(got, got.draws[0]), strict=True)
     for p, (ids, logprob, draws) in enumerate(parts):
         head, drawn = ids[draws == 0], ids[draws > 0]
         assert set(head) == set(reference[p].topk(8).indices.tolist())
@@ -77,9 +79,9 @@ def test_hybrid_estimate_is_unbiased() -> None:
     assert got.draws is not None
     head = np.argsort(-probability)[:4]
     rest = 1 - probability[head].sum()
-    is_drawn = got.draws > 0
+    is_drawn = got.draws[0] > 0
     share = np.zeros(vocab_size)
-    np.add.at(share, got.id[is_drawn], rest * got.draws[is_drawn] / draws)
+    np.add.at(share, got.id[is_drawn], rest * got.draws[0, is_drawn] / draws)
     mean = share / trials
     expected = probability.copy()
     expected[head] = 0
@@ -89,10 +91,55 @@ def test_hybrid_estimate_is_unbiased() -> None:
     assert mean.sum() == pytest.approx(rest, abs=1e-9)
 
 
+def test_sampled_estimate_is_unbiased_in_every_set() -> None:
+    trials, vocab_size, draws = 20_000, 300, 12
+    logits = peaked_logits(1, vocab_size, seed=3) * 0.5
+    probability = torch.softmax(logits.double(), -1)[0].numpy()
+    got = run(logits.expand(trials, -1).contiguous(), "sampled", vocab_size, draws=draws, draw_sets=2)
+    assert got.draws is not None
+    fraction = (draws * probability) % 1
+    error = np.sqrt(fraction * (1 - fraction) / trials) / draws
+    means = []
+    for drawn in got.draws:
+        mean = np.bincount(got.id, weights=drawn, minlength=vocab_size) / draws / trials
+        assert (np.abs(mean - probability) <= 4 * error + 1e-7).all()
+        assert mean.sum() == pytest.approx(1, abs=1e-9)
+        means.append(mean)
+    assert np.abs(means[0] - means[1]).max() > 0
+
+
+@pytest.mark.parametrize("kind", ["sampled", "hybrid"])
+def test_sets_of_draws_lie_side_by_side(kind: str) -> None:
+    logits = peaked_logits(POSITIONS, 700)
+    got = run(logits, kind, 700, draw_sets=3)
+    assert got.draws is not None and got.draws.shape == (3, len(got.id))
+    head = 8 if kind == "hybrid" else 0
+    for ids, *sets in zip(split(got, got.id), *(split(got, drawn) for drawn in got.draws), strict=True):
+        assert [int(drawn.sum()) for drawn in sets] == [6, 6, 6]
+        never = np.sum(sets, axis=0) == 0
+        assert never[:head].all() and not never[head:].any()
+        assert (np.diff(ids[head:]) > 0).all()
+    alone = run(logits, kind, 700)
+    assert alone.draws is not None
+    first = got.draws[0] > 0
+    assert (got.id[first] == alone.id[alone.draws[0] > 0]).all()
+    assert (got.draws[0, first] == alone.draws[alone.draws > 0]).all()
+
+
+def test_text_keeps_no_entries_but_the_statistics() -> None:
+    logits = peaked_logits(POSITIONS, 700)
+    got, known = run(logits, "text", 700), run(logits, "topk", 700)
+    assert len(got.id) == 0 and got.draws is None and not got.count.any()
+    assert (got.tail_mass == 1).all()
+    np.testing.assert_array_equal(got.nll, known.nll)
+    np.testing.assert_array_equal(got.entropy, known.entropy)
+
+
 def test_draws_are_reproducible_and_differ_between_samples() -> None:
     first, again = uniforms(7, b"a" * 16, 50), uniforms(7, b"a" * 16, 50)
     assert (first == again).all()
     assert (uniforms(7, b"a" * 16, 20) == first[:20]).all()
+    assert (uniforms(7, b"a" * 16, 50, draw_sets=3)[:, :1] == first).all()
     assert (uniforms(7, b"b" * 16, 50) != first).all()
     assert (uniforms(8, b"a" * 16, 50) != first).all()
     assert ((first >= 0) & (first < 1)).all()

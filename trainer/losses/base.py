@@ -13,13 +13,14 @@ from storage.errors import InputError
 class SparseTargets:
     """Targets of P positions with E entries, as tensors; position p owns `entry_offsets[p]:entry_offsets[p+1]`."""
 
-    kind: str  # topk, hybrid or dense
+    kind: str  # topk, hybrid, sampled, dense or text
     label: Tensor  # int64 [P], the token that stands in the text
     entry_offsets: Tensor  # int64 [P + 1]
     id: Tensor  # int64 [E]
     estimate: Tensor  # float32 [E], t̂: estimated teacher probability of each entry
     logprob: Tensor  # float32 [E], teacher log-probability of each entry
     tail_mass: Tensor  # float32 [P], teacher probability outside the entries
+    entropy: Tensor  # float32 [P], mean teacher entropy of the sample that the position belongs to
 
     @property
     def num_positions(self) -> int:
@@ -42,6 +43,7 @@ class SparseTargets:
             estimate=self.estimate[begin:end],
             logprob=self.logprob[begin:end],
             tail_mass=self.tail_mass[first:last],
+            entropy=self.entropy[first:last],
         )
 
 

@@ -1,7 +1,9 @@
 """Forward KL(t‖s) on sparse targets, with the gradients in closed form.
 
-For an estimate t̂ of the teacher kept on the entries K, the gradient on logit j is (Σ t̂)·p_j − t̂_j. `hybrid` and
-`dense` estimates are unbiased and are used as they stand. `topk` lumps what lies outside K into one bucket of
+For an estimate t̂ of the teacher kept on the entries K, the gradient on logit j is (Σ t̂)·p_j − t̂_j. `hybrid`,
+`sampled` and `dense` estimates are unbiased and are used as they stand. Of `sampled` entries the teacher's own
+log-probabilities are unknown: the value is Σ t̂·(−log p) less the sample's mean entropy, unbiased over whole samples
+(log t̂ in its place would overstate it by a nat and more). `topk` lumps what lies outside K into one bucket of
 mass T against the student's own mass q outside K: a lower bound of the full KL with the full gradient inside K,
 and p_j·(Σ t̂ + T − T/q) outside.
 """
@@ -18,14 +20,17 @@ class ForwardKL:
     """KL divergence of the student from the teacher, teacher first."""
 
     name = "forward_kl"
-    accepts = frozenset({"topk", "hybrid", "dense"})
-    unbiased_on = frozenset({"hybrid", "dense"})
+    accepts = frozenset({"topk", "hybrid", "sampled", "dense"})
+    unbiased_on = frozenset({"hybrid", "sampled", "dense"})
 
     def evaluate(self, view: EntryView) -> LossParts:
         """Return value and gradient of a chunk; see the module."""
         estimate = view.targets.estimate
         kept = view.sum(estimate)
-        value = view.sum(_times_log(estimate, view.targets.logprob - view.student_logprob))
+        if view.targets.kind == "sampled":
+            value = view.sum(_times_log(estimate, -view.student_logprob)) - view.targets.entropy
+        else:
+            value = view.sum(_times_log(estimate, view.targets.logprob - view.student_logprob))
         student = view.student_logprob.exp()
         if view.targets.kind != "topk":
             return LossParts(value, kept, kept[view.row] * student - estimate)

@@ -143,6 +143,7 @@ def _scoring_settings(job: CaptureJob) -> Any:
             vocab_size=vocab_size,
         ),
         seed=capture.seed or 0,
+        draw_sets=capture.draw_sets,
         hidden=tuple(capture.hidden),
         hidden_dtype=capture.hidden_dtype or "float16",
         batch_tokens=job.teacher.batch_tokens,

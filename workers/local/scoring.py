@@ -29,6 +29,7 @@ class ScoringSettings:
 
     selection: SelectionSettings
     seed: int
+    draw_sets: int
     hidden: tuple[str, ...]
     hidden_dtype: str
     batch_tokens: int
@@ -54,7 +55,7 @@ class _Positions:
     unit: Int64Array  # [p], index among the unit's supervised positions
     logits_row: Int64Array  # [p], row of the flattened [N·L] output that predicts the position
     truth: Int64Array  # [p]
-    uniform: NDArray[np.float64]  # [p]
+    uniform: NDArray[np.float64]  # [p, R], of R sets of draws
 
 
 def score_part(
@@ -77,7 +78,7 @@ def score_part(
         logits, hidden = _forward(model, model_inputs(samples.take(rows)).to(device), settings.hidden)
         forward_s += time.perf_counter() - start
         start = time.perf_counter()
-        where = _supervised(samples, rows, settings.seed)
+        where = _supervised(samples, rows, settings)
         if not settings.data_parallel:
             where = _share(where, rank, num_ranks)
         if not is_dummy and len(where.unit):
@@ -115,7 +116,7 @@ def merge_parts(samples: SampleBatch, parts: Sequence[ScoredPart]) -> TargetBatc
         count=merged.count[order],
         id=merged.id[entries],
         logprob=merged.logprob[entries],
-        draws=None if merged.draws is None else merged.draws[entries],
+        draws=None if merged.draws is None else merged.draws[:, entries],
         tail_mass=merged.tail_mass[order],
         teacher_nll=mean(merged.nll),
         teacher_entropy=mean(merged.entropy),
@@ -136,16 +137,17 @@ def _forward(model: nn.Module, inputs: ModelInputs, layers: Sequence[str]) -> tu
     return output.logits.flatten(0, 1), {layer: found[layer].flatten(0, 1) for layer in layers}
 
 
-def _supervised(samples: SampleBatch, rows: Sequence[int], seed: int) -> _Positions:
+def _supervised(samples: SampleBatch, rows: Sequence[int], settings: ScoringSettings) -> _Positions:
     """Locate the supervised positions of the samples at `rows`, padded to the longest of them."""
     batch = samples.take(rows)
     logits_row, truth = predicting_rows(batch)
-    draws = [uniforms(seed, i, n) for i, n in zip(batch.ids(), batch.num_supervised().tolist(), strict=True)]
+    named = zip(batch.ids(), batch.num_supervised().tolist(), strict=True)
+    uniform = [uniforms(settings.seed, sample_id, n, settings.draw_sets) for sample_id, n in named]
     return _Positions(
         unit=ragged_index(offsets_of(samples.num_supervised()), rows),
         logits_row=logits_row,
         truth=truth,
-        uniform=np.concatenate(draws),
+        uniform=np.concatenate(uniform),
     )
 
 

@@ -13,13 +13,14 @@ Positions are taken in chunks, so that the `[positions, vocabulary]` tensor in f
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from storage.config import Kind
+from storage.draws import sampled_logprob
 from storage.samples import Int32Array, UInt8Array
 from storage.targets import Float16Array, Float32Array
 
@@ -30,8 +31,6 @@ CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
 PADDING = -1e30
 """Logit of entries that do not exist: no probability, and unlike −inf no NaN when multiplied by it."""
 
-Kind = Literal["topk", "hybrid", "dense"]
-
 
 @dataclass(frozen=True)
 class SelectionSettings:
@@ -41,7 +40,7 @@ class SelectionSettings:
     top_k: int
     """Entries kept for their rank (`topk`, `hybrid`)."""
     draws: int
-    """Draws from the rest (`hybrid`)."""
+    """Draws of one set, from the rest (`hybrid`) or from everything (`sampled`)."""
     vocab_size: int
     """Ids from here on are padding and have no probability."""
 
@@ -53,7 +52,7 @@ class Selection:
     count: Int32Array  # [P]
     id: Int32Array  # [E]
     logprob: Float16Array  # [E]
-    draws: UInt8Array | None  # [E]
+    draws: UInt8Array | None  # [R, E]
     tail_mass: Float16Array  # [P]
     nll: Float32Array  # [P], of the true token
     entropy: Float32Array  # [P]
@@ -66,7 +65,7 @@ class Selection:
             count=np.concatenate([part.count for part in parts]),
             id=np.concatenate([part.id for part in parts]),
             logprob=np.concatenate([part.logprob for part in parts]),
-            draws=np.concatenate(drawn) if drawn else None,
+            draws=np.concatenate(drawn, axis=1) if drawn else None,
             tail_mass=np.concatenate([part.tail_mass for part in parts]),
             nll=np.concatenate([part.nll for part in parts]),
             entropy=np.concatenate([part.entropy for part in parts]),
@@ -81,11 +80,14 @@ class NonFiniteLogitsError(ValueError):
         self.positions = positions
 
 
-def uniforms(seed: int, sample_id: bytes, num_positions: int) -> NDArray[np.float64]:
-    """Return one uniform of [0, 1) per supervised position: a pure function of seed, sample and position."""
+def uniforms(seed: int, sample_id: bytes, num_positions: int, draw_sets: int = 1) -> NDArray[np.float64]:
+    """Return one uniform of [0, 1) per supervised position and set of draws, [P, R].
+
+    A pure function of seed, sample, position and set.
+    """
     key = blake2b(sample_id, digest_size=16, salt=(seed % 2**64).to_bytes(8, "little"), person=b"lectern.draws")
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key.digest(), "little")))
-    return generator.random(num_positions)
+    return generator.random((draw_sets, num_positions)).T
 
 
 def select(logits: Tensor, positions: Tensor, truth: Tensor, uniform: Tensor, settings: SelectionSettings) -> Selection:
@@ -95,7 +97,7 @@ def select(logits: Tensor, positions: Tensor, truth: Tensor, uniform: Tensor, se
         logits: [T, W] of any float dtype; columns from `vocab_size` on are padding.
         positions: int64 [P], the rows of `logits` to look at, at least one.
         truth: int64 [P], the tokens that really follow.
-        uniform: float64 [P], the offset of each position's systematic draws.
+        uniform: float64 [P, R], the offset of each position's systematic draws, for R independent sets.
         settings: kind and sizes.
 
     Raises:
@@ -127,17 +129,22 @@ def _select_chunk(
     if not torch.isfinite(max_P).all():
         raise NonFiniteLogitsError([start + int(p) for p in torch.nonzero(~torch.isfinite(max_P))[:, 0]])
     truth_P = flat_PV.gather(1, truth[:, None])[:, 0] - max_P
-    head = None if settings.kind == "dense" else _head(x_PBS, max_PB, settings.top_k)
+    head = _head(x_PBS, max_PB, settings.top_k) if settings.kind in {"topk", "hybrid"} else None
     x_PBS -= max_P[:, None, None]
     torch.exp(x_PBS, out=exp_PBS)
     sum_PB = exp_PBS.sum(-1)
     z_P = sum_PB.sum(-1)
     log_z_P = z_P.log()
     nll = log_z_P - truth_P
-    if head is None:
-        log_PV = flat_PV[:, : settings.vocab_size] - log_z_P[:, None]
-        return _dense(log_PV, nll, (log_z_P - _dot_into(x_PBS, exp_PBS) / z_P).clamp_(min=0))
+    log_PV = flat_PV[:, : settings.vocab_size] - log_z_P[:, None] if settings.kind == "dense" else None
     entropy = (log_z_P - _dot_into(x_PBS, exp_PBS) / z_P).clamp_(min=0)
+    if log_PV is not None:
+        return _dense(log_PV, nll, entropy)
+    if settings.kind == "text":
+        return _text(nll, entropy)
+    if head is None:
+        drawn_Pm, _ = _systematic(exp_PBS, sum_PB, uniform, settings.draws)
+        return _sampled(drawn_Pm, uniform.shape[1], nll, entropy)
     head_value_Pk, head_id_Pk = head
     head_log_Pk = head_value_Pk - (max_P + log_z_P)[:, None]
     # What is left of each touched block is summed again without its head entries: a difference would cancel.
@@ -146,13 +153,13 @@ def _select_chunk(
     rest_PB = sum_PB.scatter(1, touched_Pk, _rows(exp_PBS, touched_Pk).sum(-1))
     if settings.kind == "topk":
         return _topk(head_id_Pk, head_log_Pk, rest_PB.sum(-1) / z_P, nll, entropy)
-    drawn_Pn, has_rest_P = _systematic(exp_PBS, rest_PB, uniform, settings.draws)
-    value_Pn = exp_PBS.flatten(1).gather(1, drawn_Pn)
-    drawn_log_Pn = value_Pn.log() - log_z_P[:, None]
-    first_Pn, times_Pn = _runs(drawn_Pn)
-    first_Pn &= has_rest_P[:, None]
-    rest_P = (rest_PB.sum(-1) - (value_Pn * first_Pn).sum(-1)).clamp_(min=0) / z_P
-    return _hybrid(head_id_Pk, head_log_Pk, drawn_Pn, drawn_log_Pn, first_Pn, times_Pn, rest_P, nll, entropy)
+    drawn_Pm, has_rest_P = _systematic(exp_PBS, rest_PB, uniform, settings.draws)
+    drawn_Pm, first_Pm, times_RPm = _runs(drawn_Pm, uniform.shape[1])
+    first_Pm &= has_rest_P[:, None]
+    value_Pm = exp_PBS.flatten(1).gather(1, drawn_Pm)
+    drawn_log_Pm = value_Pm.log() - log_z_P[:, None]
+    rest_P = (rest_PB.sum(-1) - (value_Pm * first_Pm).sum(-1)).clamp_(min=0) / z_P
+    return _hybrid(head_id_Pk, head_log_Pk, drawn_Pm, drawn_log_Pm, first_Pm, times_RPm, rest_P, nll, entropy)
 
 
 def _rows(x_PBS: Tensor, blocks_Pm: Tensor) -> Tensor:
@@ -179,14 +186,18 @@ def _dot_into(x_PBS: Tensor, exp_PBS: Tensor) -> Tensor:
 
 
 def _systematic(weight_PBS: Tensor, sum_PB: Tensor, uniform: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Draw n entries of each position with probability ∝ weight by systematic resampling.
+    """Draw R sets of n entries of each position with probability ∝ weight by systematic resampling.
 
-    Returns the ids, rising, [P, n], and whether the position had anything to draw from, [P].
+    The order of the vocabulary is left as it is: each entry by itself is drawn ⌊n·t⌋ or ⌈n·t⌉ times with mean n·t
+    under any order of the others.
+
+    Returns the ids, those of one set after those of another, rising inside each, [P, R·n], and whether the position
+    had anything to draw from, [P].
     """
     cumulated_PB = sum_PB.double().cumsum(-1)
     total_P = cumulated_PB[:, -1]
     step = torch.arange(n, dtype=torch.float64, device=weight_PBS.device)
-    point_Pn = (uniform[:, None] + step) * (total_P / n)[:, None]
+    point_Pn = (uniform[:, :, None] + step).flatten(1) * (total_P / n)[:, None]
     last_block_P = _last_positive(sum_PB)
     block_Pn = torch.minimum(torch.searchsorted(cumulated_PB, point_Pn, right=True), last_block_P[:, None])
     before_Pn = cumulated_PB.gather(1, block_Pn) - sum_PB.double().gather(1, block_Pn)
@@ -204,11 +215,18 @@ def _last_positive(x: Tensor) -> Tensor:
     return torch.where(x > 0, index, 0).amax(-1)
 
 
-def _runs(rising_Pn: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where each run of equal ids begins, and how long it is (valid there), both [P, n]."""
-    first_Pn = torch.ones_like(rising_Pn, dtype=torch.bool)
-    first_Pn[:, 1:] = rising_Pn[:, 1:] != rising_Pn[:, :-1]
-    return first_Pn, (rising_Pn[:, :, None] == rising_Pn[:, None, :]).sum(-1)
+def _runs(drawn_Pm: Tensor, sets: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the drawn ids of all sets, rising, where each run of equal ids begins, and each set's part of the run.
+
+    Shapes [P, R·n], [P, R·n] and, valid where a run begins, [R, P, R·n].
+    """
+    rising_Pm, order_Pm = drawn_Pm.sort(-1)
+    first_Pm = torch.ones_like(rising_Pm, dtype=torch.bool)
+    first_Pm[:, 1:] = rising_Pm[:, 1:] != rising_Pm[:, :-1]
+    same_Pmm = rising_Pm[:, :, None] == rising_Pm[:, None, :]
+    set_Pm = order_Pm // (drawn_Pm.shape[1] // sets)
+    times = [(same_Pmm & (set_Pm == number)[:, None, :]).sum(-1) for number in range(sets)]
+    return rising_Pm, first_Pm, torch.stack(times)
 
 
 def _topk(ids: Tensor, logprob: Tensor, tail: Tensor, nll: Tensor, entropy: Tensor) -> Selection:
@@ -225,22 +243,35 @@ def _dense(log_PV: Tensor, nll: Tensor, entropy: Tensor) -> Selection:
     return _selection(count, ids, floored, None, torch.zeros_like(nll), nll, entropy)
 
 
+def _text(nll: Tensor, entropy: Tensor) -> Selection:
+    nothing = torch.zeros(0, device=nll.device)
+    return _selection(np.zeros(len(nll), np.int32), nothing, nothing, None, torch.ones_like(nll), nll, entropy)
+
+
+def _sampled(drawn_Pm: Tensor, sets: int, nll: Tensor, entropy: Tensor) -> Selection:
+    ids_Pm, first_Pm, times_RPm = _runs(drawn_Pm, sets)
+    count = first_Pm.sum(1).cpu().numpy().astype(np.int32)
+    draws = times_RPm[:, first_Pm]
+    logprob = torch.from_numpy(sampled_logprob(draws.cpu().numpy().astype(np.uint8), count))
+    return _selection(count, ids_Pm[first_Pm], logprob, draws, torch.zeros_like(nll), nll, entropy)
+
+
 def _hybrid(
     head_id_Pk: Tensor,
     head_log_Pk: Tensor,
-    drawn_Pn: Tensor,
-    drawn_log_Pn: Tensor,
-    first_Pn: Tensor,
-    times_Pn: Tensor,
+    drawn_Pm: Tensor,
+    drawn_log_Pm: Tensor,
+    first_Pm: Tensor,
+    times_RPm: Tensor,
     tail: Tensor,
     nll: Tensor,
     entropy: Tensor,
 ) -> Selection:
     """Put the drawn entries behind the head of each position."""
-    kept = torch.cat([torch.ones_like(head_id_Pk, dtype=torch.bool), first_Pn], dim=1)
-    ids = torch.cat([head_id_Pk, drawn_Pn], dim=1)[kept]
-    logprob = torch.cat([head_log_Pk, drawn_log_Pn], dim=1)[kept]
-    draws = torch.cat([torch.zeros_like(head_id_Pk), times_Pn], dim=1)[kept]
+    kept = torch.cat([torch.ones_like(head_id_Pk, dtype=torch.bool), first_Pm], dim=1)
+    ids = torch.cat([head_id_Pk, drawn_Pm], dim=1)[kept]
+    logprob = torch.cat([head_log_Pk, drawn_log_Pm], dim=1)[kept]
+    draws = torch.cat([head_id_Pk.new_zeros(len(times_RPm), *head_id_Pk.shape), times_RPm], dim=2)[:, kept]
     count = kept.sum(1).cpu().numpy().astype(np.int32)
     return _selection(count, ids, logprob, draws, tail, nll, entropy)
 
