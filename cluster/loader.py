@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from cluster.config import RunConfig
 from cluster.config_messages import describe
+from cluster.precision import resolve_precision
 from storage.errors import InputError
 
 
@@ -58,9 +59,12 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def check_config(values: dict[str, Any], where: str) -> RunConfig:
-    """Return the model of already parsed values; raises InputError that lists every problem in one message."""
+    """Return the model of already parsed values, `auto` precisions settled.
+
+    Raises InputError that lists every problem in one message.
+    """
     try:
-        return RunConfig.model_validate(values)
+        return resolve_precision(RunConfig.model_validate(values))
     except ValidationError as error:
         problems = [describe(detail) for detail in error.errors(include_url=False)]
     if len(problems) == 1:

@@ -89,8 +89,9 @@ class TrainConfig(Settings):
     """Training ranks."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Precision of the forward and backward pass."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the forward and backward pass; `auto` is bfloat16 where the machine computes it natively, else
+    float32."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate of AdamW."""
     final_learning_rate_fraction: float = Field(default=0.1, ge=0.0, le=1.0)

@@ -35,8 +35,9 @@ class TeacherConfig(Settings):
     """`embedded`, a folder, or a hub name of any `AutoModelForCausalLM`."""
     revision: str | None = None
     """Commit of a hub model; pinned into the dataset's identity."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Precision of the weights and the forward pass."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the weights and the forward pass; `auto` is bfloat16 where the machine computes it natively, else
+    float32. It is part of the dataset's identity: name one where several kinds of machine work on one dataset."""
     sharding: Literal["none", "tensor_parallel", "zero3"] = "tensor_parallel"
     """How DeepSpeed splits the model over the ranks; `none` needs `ranks: 1`."""
     ranks: int = Field(default=1, ge=1)
