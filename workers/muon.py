@@ -5,7 +5,6 @@ where these take seconds.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +45,8 @@ class Muon(torch.optim.Optimizer):
         self.dtype = native_dtype()
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self) -> None:  # type: ignore[override]  # a closure serves line searches alone
         """Update every matrix that has a gradient."""
-        assert closure is None, "Muon takes no closure"
         for group in self.param_groups:
             for matrix in group["params"]:
                 if matrix.grad is None:
