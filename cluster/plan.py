@@ -99,12 +99,12 @@ def make_plan(config: RunConfig, run: RunDir, tokens_per_s: float | None = None)
     identity = _identity(config, tokenizer, checks, unknown)
     missing, dataset = _missing(config, tokenizer, samples, rows, identity, unknown)
     fingerprint = identity.fingerprint if identity is not None else ""
-    units = plan_units(missing, samples.num_tokens, samples.sample_ids, fingerprint, config.cache.unit_tokens)
+    units = plan_units(missing, samples.num_tokens, samples.sample_ids, fingerprint, config.cache.unit_tokens, rows)
     measured = dataset is not None and dataset.totals().supervised > 0
     per_token = dataset.totals().bytes_per_token if dataset and measured else _estimate(config, tokenizer)
     rate = tokens_per_s or _known_rate(run)
     missing_tokens = int(samples.num_tokens[missing].sum())
-    hours = missing_tokens / rate / 3600 * config.teacher.replicas if rate else None
+    hours = missing_tokens / rate / 3600 * config.teacher.replicas.max if rate else None
     return Plan(
         sources=samples.summary(),
         samples=len(rows),

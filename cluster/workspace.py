@@ -65,7 +65,7 @@ class Workspace:
         if self._ray is None:
             task.note("starting Ray")
             teacher, train = self.config.teacher, self.config.train
-            num_ranks = max(teacher.ranks * teacher.replicas, train.workers)
+            num_ranks = max(teacher.ranks * teacher.replicas.max, train.workers)
             self._ray = self._stack.enter_context(ray_session(self.config.cluster, num_ranks))
             self.run.event("ray_started", device=self._ray.device, logs=self._ray.logs, local=self._ray.local)
             task.note("")

@@ -58,6 +58,13 @@ class DatasetWriter:
         require_same(identity, info.identity, store.shown())
         return cls(store, info)
 
+    def committed(self, unit_id: str) -> Receipt | None:
+        """Return what is committed under a unit's name, or None."""
+        key = f"{MANIFEST_PREFIX}{unit_id}.json"
+        if not self.store.exists(key):
+            return None
+        return _receipt(read_manifest(self.store, key, self.info.fingerprint), committed=False)
+
     def commit(self, unit_id: str, samples: SampleBatch, targets: TargetBatch, attempt: str | int) -> Receipt:
         """Store a unit unless it is stored already.
 
@@ -65,9 +72,9 @@ class DatasetWriter:
         fails; whatever was committed before stays intact, and without its record this unit does not exist.
         """
         fingerprint = self.info.fingerprint
-        manifest_key = f"{MANIFEST_PREFIX}{unit_id}.json"
-        if self.store.exists(manifest_key):
-            return _receipt(read_manifest(self.store, manifest_key, fingerprint), committed=False)
+        before = self.committed(unit_id)
+        if before is not None:
+            return before
         data = to_parquet(plain.encode(samples, targets, self.info.identity))
         record = ManifestRecord.seal(
             unit=unit_id,

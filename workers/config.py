@@ -1,8 +1,8 @@
 """Config sections of this room: `teacher` and `budget`."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from storage.settings import Settings
 
@@ -26,6 +26,21 @@ class EmbeddedTeacherConfig(Settings):
     """Seed of its weights and data order."""
 
 
+class ReplicasConfig(Settings):
+    """How many whole copies of the teacher work side by side; a plain number n means `{min: 1, max: n}`."""
+
+    min: int = Field(default=1, ge=1)
+    """Copies without which a capture fails after `startup_timeout_s`."""
+    max: int = Field(default=1, ge=1)
+    """Most copies at any time: as many as there is work for, as resources come and go."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> "ReplicasConfig":
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is more than max {self.max}")
+        return self
+
+
 class TeacherConfig(Settings):
     """Which model is distilled, and how it is run."""
 
@@ -42,18 +57,25 @@ class TeacherConfig(Settings):
     """How DeepSpeed splits the model over the ranks; `none` needs `ranks: 1`."""
     ranks: int = Field(default=1, ge=1)
     """Rank actors of one replica, one accelerator (or CPU share) each."""
-    replicas: int = Field(default=1, ge=1)
+    replicas: ReplicasConfig = ReplicasConfig()
     """Whole copies of the teacher that work side by side."""
     batch_tokens: int = Field(default=8192, ge=1)
     """Padded tokens in one forward pass of a replica."""
     max_attempts: int = Field(default=3, ge=1)
-    """How often a unit is tried before it is set aside as failed."""
+    """How often a unit is tried before it is set aside as failed; three times as often when its replica was lost."""
     startup_timeout_s: float = Field(default=1800.0, gt=0)
     """Seconds a replica may take from being asked for to being ready."""
     unit_timeout_s: float = Field(default=3600.0, gt=0)
     """Seconds a unit may take before its replica counts as hung and is replaced."""
+    heartbeat_timeout_s: float = Field(default=300.0, gt=0)
+    """Seconds in which every rank must answer, and finish a batch while it has work; else its replica is replaced."""
     embedded: EmbeddedTeacherConfig = EmbeddedTeacherConfig()
     """Shape of the embedded teacher; used where `name` is `embedded`."""
+
+    @field_validator("replicas", mode="before")
+    @classmethod
+    def _plain_number(cls, value: Any) -> Any:
+        return {"max": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class DatasetBudgetConfig(Settings):

@@ -1,62 +1,29 @@
-"""Replicas of a local teacher on Ray: how one comes up, what it works on, and what a failure means.
+"""A replica of a local teacher on Ray: a placement group with one rank actor per shard.
 
-A replica is a placement group with one rank actor per shard. It comes up in steps, each waiting for the references of
-the one before, and dies whole: a rank lost takes its replica with it, and a new one is made in its place.
+It comes up in steps, each begun when the references of the one before are there, and dies whole: a rank lost takes its
+replica with it, and the coordinator makes a new one in its place.
 """
 
 import os
-import time
+import threading
 from collections import Counter
-from enum import StrEnum
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from storage.errors import IntegrityError, LecternError
+from storage.errors import IntegrityError, LecternError, StorageError
 from workers.local.rank import CaptureJob, Rank, RankPlace
+from workers.policy import FailureKind
+from workers.replica import Done, Failed, Lost, Placed, Post, Ready, Seen
 from workers.units import WorkUnit
 
-
-class ReplicaState(StrEnum):
-    """What a replica is waiting for."""
-
-    PLACING = "placing"
-    """for the cluster to give its resources"""
-    CONNECTING = "connecting"
-    """for its rank actors to answer"""
-    LOADING = "loading"
-    """for the model to be loaded and sharded"""
-    READY = "ready"
-    """for units"""
-
-
-class FailureDecision(StrEnum):
-    """What is done about a failed unit or replica."""
-
-    RETRY = "retry"
-    """queue the unit again"""
-    SET_ASIDE = "set_aside"
-    """report the unit as failed and go on with the others"""
-    STOP = "stop"
-    """end the capture with the error: trying again cannot help"""
-
-
-def decide(error: BaseException, attempts: int, max_attempts: int, starting: bool) -> FailureDecision:
-    """Decide what a failure of a unit (or of a starting replica) after so many attempts means.
-
-    An error of ours during start-up, or one of the store, would only come again. One of ours from scoring is about
-    the unit's own samples. Anything else may be the machine's fault and is tried again, a limited number of times.
-    """
-    if isinstance(error, IntegrityError) and not starting:
-        return FailureDecision.SET_ASIDE
-    if isinstance(error, LecternError):
-        return FailureDecision.STOP
-    if attempts < max_attempts:
-        return FailureDecision.RETRY
-    return FailureDecision.STOP if starting else FailureDecision.SET_ASIDE
+SIDE_WORK = {"beat": 1, "commit": 1}
+"""Methods of a rank that run beside scoring, one thread each: answers to heartbeats; encoding and upload."""
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -66,82 +33,123 @@ def root_cause(error: BaseException) -> BaseException:
     return error
 
 
-class Replica:
-    """One copy of the teacher: a placement group, its rank actors, and the units it has been given."""
+def classify(error: BaseException) -> FailureKind:
+    """Tell whose fault an error that came through Ray is; `root_cause` first."""
+    if isinstance(error, RayError) and not isinstance(error, RayTaskError):
+        return FailureKind.LOST
+    if isinstance(error, IntegrityError):
+        return FailureKind.UNIT
+    if isinstance(error, StorageError):
+        return FailureKind.STORE
+    return FailureKind.FATAL if isinstance(error, LecternError) else FailureKind.BROKEN
 
-    def __init__(self, number: int, job: CaptureJob, device: str, start_timeout_s: float) -> None:
-        """Ask the cluster for the resources; `step` carries on from there."""
-        self.number = number
-        self.job = job
-        self.device = device
-        self.state = ReplicaState.PLACING
-        self.deadline = time.monotonic() + start_timeout_s
-        self.work: dict[Any, tuple[WorkUnit, int, float]] = {}
-        """Receipt reference → (unit, attempt, deadline) of the units given."""
-        self.ranks: list[Any] = []
-        self.noticed = False
-        """Whether its waiting for resources has been reported."""
-        self._group = placement_group([self.bundle] * job.teacher.ranks, strategy="PACK")
-        self.waiting_for: list[Any] = [self._group.ready()]
 
-    @property
-    def bundle(self) -> dict[str, float]:
-        """Resources of one rank."""
-        return {"CPU": 1.0, "GPU": 1.0} if self.device == "cuda" else {"CPU": 1.0}
+def when_all(
+    references: Sequence[Any], then: Callable[[list[Any]], None], otherwise: Callable[[BaseException], None]
+) -> None:
+    """Call `then` with all results, or `otherwise` with the first error as soon as there is one; from Ray's threads.
 
-    def step(self) -> list[Any] | None:
-        """Go on to the next state, since everything waited for is there; returns shard reports when it is READY.
+    One failed rank is enough to know: the others may wait for it in vain.
+    """
+    lock, futures, left = threading.Lock(), [reference.future() for reference in references], [len(references)]
 
-        Raises what the finished step raised.
-        """
-        results = ray.get(self.waiting_for)
-        if self.state is ReplicaState.PLACING:
-            self.ranks = [self._actor(index) for index in range(self.job.teacher.ranks)]
-            self.waiting_for = [rank.address.remote() for rank in self.ranks]
-            self.state = ReplicaState.CONNECTING
-        elif self.state is ReplicaState.CONNECTING:
-            places = _places(results, self.device)
-            self.waiting_for = [
-                rank.load.remote(self.job, place) for rank, place in zip(self.ranks, places, strict=True)
-            ]
-            self.state = ReplicaState.LOADING
-        else:
-            self.waiting_for = []
-            self.state = ReplicaState.READY
-            return list(results)
-        return None
+    def arrived(future: Any) -> None:
+        with lock:
+            left[0] -= 1
+            failed = left[0] >= 0 and future.exception() is not None
+            complete = left[0] == 0
+            if failed:
+                left[0] = -1
+        if failed:
+            otherwise(root_cause(future.exception()))
+        elif complete:
+            then([done.result() for done in futures])
 
-    def give(self, unit: WorkUnit, attempt: int, timeout_s: float) -> None:
-        """Start scoring a unit on all ranks and its commit on rank 0; parts go between the ranks, not through here."""
-        parts = [rank.score.remote(unit) for rank in self.ranks]
-        receipt = self.ranks[0].commit.remote(unit, f"a{attempt}", *parts)
-        # Units given at once are worked on one after the other: each has its own time.
-        self.work[receipt] = (unit, attempt, time.monotonic() + timeout_s * (1 + len(self.work)))
+    for future in futures:
+        future.add_done_callback(arrived)
+
+
+class LocalReplica:
+    """One copy of the teacher; keeps `workers.replica.Replica`."""
+
+    def __init__(self, number: int, job: CaptureJob, device: str, strategy: str, post: Post) -> None:
+        """`device` is `cpu` or `cuda`, `strategy` the placement group's."""
+        self.number, self.job, self.device, self.strategy, self.post = number, job, device, strategy, post
+        self._ranks: list[Any] = []
+        self._group: PlacementGroup | None = None
+        self._beating = False
+
+    def start(self) -> None:
+        """Ask the cluster for the resources; a pending placement group is what an autoscaler looks at."""
+        num_ranks = self.job.teacher.ranks
+        self._group = placement_group([rank_bundle(self.device)] * num_ranks, strategy=self.strategy)
+        self._ranks = [self._actor(index) for index in range(num_ranks)]
+        self._then([rank.address.remote() for rank in self._ranks], self._load)
+
+    def give(self, unit: WorkUnit, attempt: int) -> None:
+        """Score a unit on all ranks and commit it on rank 0; parts go between the ranks, not through here."""
+        boxes = [rank.score.remote(unit) for rank in self._ranks]
+        label = f"a{attempt}r{self.number}"
+        receipt = self._ranks[0].commit.options(concurrency_group="commit").remote(unit, label, *boxes)
+        when_all(
+            [*boxes, receipt],
+            lambda results: self.post(Done(self.number, unit.unit_id, results[-1])),
+            lambda error: self._unit_failed(unit.unit_id, error),
+        )
+
+    def beat(self) -> None:
+        """Ask all ranks how far they are; one question at a time."""
+        if self._beating:
+            return
+        self._beating = True
+
+        def answered(progress: list[int]) -> None:
+            self._beating = False
+            self.post(Seen(self.number, min(progress)))
+
+        asked = [rank.beat.options(concurrency_group="beat").remote() for rank in self._ranks]
+        self._then(asked, answered)
 
     def kill(self) -> None:
         """End the actors and give the resources back."""
-        for rank in self.ranks:
+        for rank in self._ranks:
             ray.kill(rank, no_restart=True)
-        remove_placement_group(self._group)
+        if self._group is not None:
+            remove_placement_group(self._group)
+
+    def _load(self, addresses: list[Any]) -> None:
+        self.post(Placed(self.number))
+        places = rank_places(addresses, self.device)
+        loading = [rank.load.remote(self.job, place) for rank, place in zip(self._ranks, places, strict=True)]
+        self._then(loading, lambda reports: self.post(Ready(self.number, [asdict(report) for report in reports])))
+
+    def _then(self, references: Sequence[Any], step: Callable[[list[Any]], None]) -> None:
+        when_all(references, step, lambda error: self.post(Lost(self.number, classify(error), error)))
+
+    def _unit_failed(self, unit_id: str, error: BaseException) -> None:
+        kind = classify(error)
+        # Of several ranks one has stopped within a unit, and the others wait for it: they are out of step for good.
+        sound = len(self._ranks) == 1 and kind in {FailureKind.UNIT, FailureKind.STORE}
+        self.post((Failed if sound else _lost)(self.number, unit_id, kind, error))
 
     def _actor(self, index: int) -> Any:
-        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
-        actor = ray.remote(Rank).options(
-            num_cpus=self.bundle["CPU"],
-            num_gpus=self.bundle.get("GPU", 0),
-            max_restarts=0,
-            max_task_retries=0,
-            scheduling_strategy=strategy,
-        )
-        return actor.remote()
+        assert self._group is not None
+        bundle = rank_bundle(self.device)
+        actor = ray.remote(num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0), concurrency_groups=SIDE_WORK)(Rank)
+        place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+        return actor.options(max_restarts=0, max_task_retries=0, scheduling_strategy=place).remote()
 
 
-def is_loss(error: BaseException) -> bool:
-    """Tell whether an error means that a process, an object or a node is gone."""
-    return isinstance(error, RayError) and not isinstance(error, RayTaskError)
+def _lost(replica: int, unit_id: str, kind: FailureKind, error: BaseException) -> Lost:
+    return Lost(replica, kind, error, unit_id)
 
 
-def _places(addresses: list[tuple[str, str, int, int]], device: str) -> list[RankPlace]:
+def rank_bundle(device: str) -> dict[str, float]:
+    """Return the resources of one rank."""
+    return {"CPU": 1.0, "GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
+
+
+def rank_places(addresses: Sequence[tuple[str, str, int, int]], device: str) -> list[RankPlace]:
     """Number the ranks on their nodes; rank 0's node is the meeting point."""
     per_node = Counter(node for node, _, _, _ in addresses)
     seen: Counter[str] = Counter()

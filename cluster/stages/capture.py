@@ -1,5 +1,6 @@
 """The teacher scores what the dataset does not hold yet."""
 
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +13,8 @@ from storage.errors import WorkerError
 from storage.reader import Dataset
 from storage.samples import Int64Array
 
+FLEET_EVERY_S = 30.0
+"""Seconds between lines about the fleet in events.jsonl."""
 _SHOWN_NAMES = 4
 _RATES = ("tokens_per_s", "forward_tokens_per_s", "efficiency")
 
@@ -70,6 +73,7 @@ def _score(work: Workspace, rows: Int64Array, task: Shown) -> dict[str, Any]:
         work.identity,
         session.device,
         follower.on_event,
+        config.cluster.price_per_hour,
     )
     rates = {key: round(getattr(found, key), 4) for key in _RATES}
     return {
@@ -87,28 +91,52 @@ class _Follower:
         self._done = 0
         self._total = 0
         self._told = False
+        self._kept_at = float("-inf")
 
     def on_event(self, event: dict[str, Any]) -> None:
         """Take one event; see `workers.coordinator.capture`."""
         facts = {key: value for key, value in event.items() if key != "event"}
-        self._work.run.event(event["event"], **facts)
+        if event["event"] != "fleet" or self._is_due(facts):
+            self._work.run.event(event["event"], **facts)
         match event["event"]:
             case "units_planned":
                 self._total = facts["tokens"]
                 self._task.update(0, self._total, f"{facts['units']} units, starting the teacher")
             case "replica_started":
-                self._task.start_from(self._done, self._total)
-                self._task.note("")
                 if not self._told:
                     self._told = True
+                    self._task.start_from(self._done, self._total)
                     self._task.say(describe_ranks(facts["ranks"]))
             case "unit_done":
                 self._done += facts["tokens"]
                 self._task.update(self._done, self._total)
+            case "fleet":
+                self._task.update(self._done, self._total, describe_fleet(facts, self._work.config.budget.currency))
             case "waiting_for_resources":
-                self._task.say(f"  waiting for {facts['needed']}; the cluster has {facts['available']} free")
-            case "unit_failed" | "replica_lost":
+                self._task.say(f"  replica {facts['replica']} waits for {facts['needed']}: {facts['why']}")
+            case "unit_failed" | "replica_lost" | "unit_retried":
                 self._task.say(f"  {event['event'].replace('_', ' ')}: {facts['error']}")
+
+    def _is_due(self, facts: dict[str, Any]) -> bool:
+        """Keep one line of the fleet's state in `FLEET_EVERY_S`, and its last."""
+        now = time.monotonic()
+        if now - self._kept_at < FLEET_EVERY_S and not facts.get("ended"):
+            return False
+        self._kept_at = now
+        return True
+
+
+def describe_fleet(facts: dict[str, Any], currency: str) -> str:
+    """Return the state of a fleet (see `meter.FleetStatus`) as the end of a progress line."""
+    states = dict(facts["replicas"])
+    busy, ready = states.pop("busy"), states.pop("ready")
+    parts = [f"{busy} of {ready} replicas busy", *(f"{number} {state}" for state, number in states.items() if number)]
+    parts.append(f"{facts['units_in_flight']} units in flight, {facts['units_queued']} queued")
+    if facts["units_failed"]:
+        parts.append(f"{facts['units_failed']} failed")
+    if facts["idle_cost"]:
+        parts.append(f"idle {facts['idle_cost']:.2f} {currency}")
+    return ", ".join(parts)
 
 
 def describe_ranks(ranks: list[dict[str, Any]]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from storage.identity import DatasetIdentity
 from storage.object_store import Store
 from storage.sample_set import SampleSet
+from storage.samples import SampleBatch
 from storage.writer import DatasetWriter, Receipt
 from workers.config import TeacherConfig
 from workers.units import WorkUnit
@@ -48,16 +49,29 @@ class UnitReceipt:
     """What became of a unit and what it took, in seconds."""
 
     receipt: Receipt
-    samples: int
-    tokens: int
-    forward_s: float
-    selection_s: float
-    commit_s: float
+    scored: bool = True
+    """False where the dataset held it already, so that nothing was done."""
+    forward_s: float = 0.0
+    selection_s: float = 0.0
+    commit_s: float = 0.0
     """Merging, encoding and writing."""
 
 
 class Rank:
-    """One rank of a replica; methods run one at a time. Made a Ray actor by `workers.fleet`."""
+    """One rank of a replica, made a Ray actor by `workers.fleet`.
+
+    `load` and `score` run one at a time; `commit` runs beside them, so that a unit is encoded and uploaded while the
+    next one is scored; `beat` answers at any time.
+    """
+
+    def __init__(self) -> None:
+        self._progress = 0
+        self._scored: dict[str, tuple[SampleBatch, Any]] = {}
+        """Units that this rank has scored and not committed yet; of rank 0 only."""
+
+    def beat(self) -> int:
+        """Return a number that rises with every batch and every commit."""
+        return self._progress
 
     def address(self) -> tuple[str, str, int, int]:
         """Return this node's id, its address, a port that is free on it now, and its number of CPUs."""
@@ -103,31 +117,65 @@ class Rank:
         self.model, report = shard_model(model, job.teacher, place.rank)
         self.settings = _scoring_settings(job)
         self.samples = SampleSet.open(job.samples_url)
+        self.writer = DatasetWriter.open(job.dataset_url, job.identity)
         return report
 
     def score(self, unit: WorkUnit) -> Any:
-        """Return this rank's `scoring.ScoredPart` of a unit; all ranks of the replica must be asked."""
+        """Score this rank's part of a unit; all ranks of the replica must be asked, in the same order.
+
+        Returns a list with a reference to its `scoring.ScoredPart`, empty on rank 0, which keeps its own, and where
+        the dataset holds the unit already.
+        """
         from workers.local.scoring import score_part
 
+        if self._is_committed(unit):
+            return []
         samples = self.samples.read(unit.rows)
-        return score_part(self.model, samples, self.settings, self.place.rank, self.place.num_ranks, self.device)
+        rank, num_ranks = self.place.rank, self.place.num_ranks
+        part = score_part(self.model, samples, self.settings, rank, num_ranks, self.device, self._advance)
+        if rank == 0:
+            self._scored[unit.unit_id] = (samples, part)
+            return []
+        import ray
 
-    def commit(self, unit: WorkUnit, attempt: str, *parts: Any) -> UnitReceipt:
-        """Put the ranks' parts together and commit the unit; asked of rank 0."""
+        return [ray.put(part)]
+
+    def commit(self, unit: WorkUnit, attempt: str, *boxes: Any) -> UnitReceipt:
+        """Put the ranks' parts together and commit the unit; asked of rank 0. `boxes` are what `score` returned."""
+        import ray
+
         from workers.local.scoring import merge_parts
 
         start = time.perf_counter()
-        samples = self.samples.read(unit.rows)
-        writer = DatasetWriter.open(self.job.dataset_url, self.job.identity)
-        receipt = writer.commit(unit.unit_id, samples, merge_parts(samples, parts), attempt)
+        found = self._scored.pop(unit.unit_id, None)
+        if found is None:
+            before = self.writer.committed(unit.unit_id)
+            assert before is not None, "a unit that rank 0 has not scored was committed before"
+            return UnitReceipt(before, scored=False)
+        samples, own = found
+        parts = [own, *ray.get([reference for box in boxes for reference in box])]
+        receipt = self.writer.commit(unit.unit_id, samples, merge_parts(samples, parts), attempt)
+        self._advance()
         return UnitReceipt(
             receipt=receipt,
-            samples=len(samples),
-            tokens=samples.num_tokens,
             forward_s=max(part.forward_s for part in parts),
             selection_s=max(part.selection_s for part in parts),
             commit_s=time.perf_counter() - start,
         )
+
+    def _advance(self) -> None:
+        self._progress += 1
+
+    def _is_committed(self, unit: WorkUnit) -> bool:
+        """Tell whether the dataset holds a unit; all ranks give rank 0's answer, since they must do the same."""
+        import torch
+
+        found = self.place.rank == 0 and self.writer.committed(unit.unit_id) is not None
+        if self.place.num_ranks == 1:
+            return found
+        answer = torch.tensor([found], dtype=torch.int32, device=self.device)
+        torch.distributed.broadcast(answer, 0)
+        return bool(answer.item())
 
 
 def _scoring_settings(job: CaptureJob) -> Any:

@@ -7,7 +7,7 @@ How the ranks of a replica share a unit depends on how the model is sharded:
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,9 +59,15 @@ class _Positions:
 
 
 def score_part(
-    model: nn.Module, samples: SampleBatch, settings: ScoringSettings, rank: int, num_ranks: int, device: torch.device
+    model: nn.Module,
+    samples: SampleBatch,
+    settings: ScoringSettings,
+    rank: int,
+    num_ranks: int,
+    device: torch.device,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> ScoredPart:
-    """Run this rank's share of a unit's batches.
+    """Run this rank's share of a unit's batches; `on_batch` is called after each.
 
     Raises:
         IntegrityError: the teacher's logits are NaN or infinite; the message names the samples.
@@ -85,6 +91,7 @@ def score_part(
             selected = _select(logits, where, samples, settings)
             pieces.append((where, selected, _pick_hidden(hidden, where, settings.hidden_dtype)))
         selection_s += time.perf_counter() - start
+        on_batch()
     return ScoredPart(
         positions=np.concatenate([np.zeros(0, dtype=np.int64), *(where.unit for where, _, _ in pieces)]),
         selection=Selection.concat([selected for _, selected, _ in pieces]) if pieces else None,
