@@ -168,7 +168,7 @@ def one_round(model: nn.Module, samples: SampleBatch, options: Options, writer: 
     start = time.perf_counter()
     part = score_part(model, samples, settings, 0, 1, torch.device("cpu"))
     scored = time.perf_counter()
-    writer.commit(f"round{number}", samples, merge_parts(samples, [part]), "a1")
+    writer.commit(f"round{number}", samples, merge_parts(samples, [part], settings), "a1")
     end = time.perf_counter()
     return Round(forward_s, end - start, part.forward_s, part.selection_s, end - scored)
 

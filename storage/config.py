@@ -8,6 +8,8 @@ from storage.settings import Settings
 
 Kind = Literal["topk", "hybrid", "sampled", "dense", "text"]
 """Which entries are kept at each position."""
+HiddenDtype = Literal["float32", "float16", "bfloat16", "int8"]
+"""Stored precision of hidden states."""
 
 
 class CleaningConfig(Settings):
@@ -89,8 +91,12 @@ class CacheConfig(Settings):
     """Seed of the draws; a sample's draws depend on this and on its id alone."""
     hidden: list[str] = Field(default_factory=list)
     """Hidden states to keep: `final` (input of the output head) or a module name such as `model.layers.3`."""
-    hidden_dtype: Literal["float16", "bfloat16"] = "float16"
-    """Stored precision of the hidden states."""
+    hidden_dtype: HiddenDtype = "float16"
+    """Stored precision of the hidden states; `int8` has a float32 scale for each position."""
+    hidden_every: float = Field(default=1.0, gt=0)
+    """Keep hidden states and attention of one supervised position in so many, evenly spaced; below 1: of this share."""
+    attention: list[str] = Field(default_factory=list)
+    """Layers whose head-averaged attention is kept, e.g. `model.layers.3`; the teacher then runs eager attention."""
     unit_tokens: int = Field(default=65_536, ge=1)
     """Tokens scored and committed together; one data file each."""
     verify_hashes: bool = True

@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import IntegrityError
+from storage.hidden import NUMPY_DTYPES, attention_lengths, bad_states, kept_positions, state_width
 from storage.identity import DatasetIdentity
-from storage.samples import ID_BYTES, BoolArray, SampleBatch, compute_sample_id
+from storage.samples import ID_BYTES, BoolArray, SampleBatch, compute_sample_id, offsets_of
 from storage.schema import max_entries
 from storage.targets import TargetBatch
 
@@ -26,7 +27,7 @@ def check_contract(samples: SampleBatch, targets: TargetBatch, identity: Dataset
         raise IntegrityError(f"{len(samples)} samples came with the targets of {len(targets)}; they must pair up")
     _check_samples(samples, identity)
     _check_shapes(samples, targets, identity)
-    _check_finite(samples, targets, identity)
+    _check_finite(samples, targets)
     _check_entries(samples, targets, identity)
     if targets.draws is not None:
         _check_draws(samples, targets, identity)
@@ -73,7 +74,8 @@ def _check_shapes(samples: SampleBatch, targets: TargetBatch, identity: DatasetI
     sizes["teacher_entropy"] = (len(targets.teacher_entropy), len(samples))
     if targets.draws is not None:
         sizes["draws"] = (targets.draws.shape[-1], entries)
-    sizes |= {f"hidden {layer}": (len(values), positions) for layer, values in targets.hidden.items()}
+    kept = kept_positions(samples.sample_id, wanted, identity.capture.hidden_every)
+    sizes |= {f"hidden {layer}": (len(values), int(kept.sum())) for layer, values in targets.hidden.items()}
     for name, (found, expected) in sizes.items():
         if found != expected:
             raise IntegrityError(f"targets.{name} holds {found} values where {expected} belong")
@@ -84,27 +86,52 @@ def _check_shapes(samples: SampleBatch, targets: TargetBatch, identity: DatasetI
         raise IntegrityError(f"{targets.num_draw_sets} sets of draws came where {capture.draw_sets} belong")
     if sorted(targets.hidden) != sorted(capture.hidden):
         raise IntegrityError(f"hidden states {sorted(targets.hidden)} came where {sorted(capture.hidden)} belong")
-    kind = np.dtype(np.float16 if capture.hidden_dtype == "float16" else np.uint16)
+    _check_states(samples, targets, identity, kept)
+
+
+def _check_states(samples: SampleBatch, targets: TargetBatch, identity: DatasetIdentity, kept: BoolArray) -> None:
+    capture = identity.capture
+    if sorted(targets.attention) != sorted(capture.attention):
+        raise IntegrityError(f"attention of {sorted(targets.attention)} came where {capture.attention} belongs")
+    if (capture.hidden_every is None) != (targets.hidden_kept is None) or (
+        targets.hidden_kept is not None and not np.array_equal(targets.hidden_kept, kept)
+    ):
+        raise IntegrityError(
+            f"hidden states were kept at other positions than hidden_every {capture.hidden_every} asks"
+        )
+    kind = np.dtype(NUMPY_DTYPES[capture.hidden_dtype or "float16"])
     for layer, values in targets.hidden.items():
-        if values.ndim != 2 or values.dtype != kind:
+        width = capture.hidden_projection or (state_width(values) if values.ndim == 2 else 0)
+        if values.ndim != 2 or values.dtype != kind or state_width(values) != width:
             raise IntegrityError(
-                f"hidden state {layer} is {values.dtype}{list(values.shape)}; [P, width] of {kind} belongs"
+                f"hidden state {layer} is {values.dtype}{list(values.shape)}; [P, {width or 'width'}] of {kind} belongs"
+            )
+    wanted = np.where(kept, attention_lengths(samples), 0)
+    for layer, weights in targets.attention.items():
+        if targets.attention_count is None or not np.array_equal(targets.attention_count, wanted):
+            raise IntegrityError("attention rows are not as long as what their positions look back on")
+        if weights.dtype != np.float16 or weights.shape != (int(wanted.sum()),):
+            raise IntegrityError(
+                f"attention of {layer} is {weights.dtype}{list(weights.shape)}, not float16[{wanted.sum()}]"
             )
 
 
-def _check_finite(samples: SampleBatch, targets: TargetBatch, identity: DatasetIdentity) -> None:
+def _check_finite(samples: SampleBatch, targets: TargetBatch) -> None:
     what = "NaN or infinite values from the teacher"
     offsets = targets.entry_offsets
     _refuse_entries(~np.isfinite(targets.logprob), offsets, samples, targets, what)
     _refuse_positions(~np.isfinite(targets.tail_mass), samples, targets, what)
     rows = ~(np.isfinite(targets.teacher_nll) & np.isfinite(targets.teacher_entropy))
     _refuse(_ids_at(samples, np.flatnonzero(rows)), what)
+    positions = np.arange(targets.num_positions)
+    kept = positions if targets.hidden_kept is None else positions[targets.hidden_kept]
     for layer, values in targets.hidden.items():
-        if identity.capture.hidden_dtype == "bfloat16":
-            bad = (np.asarray(values, dtype=np.uint16) & np.uint16(0x7F80)) == 0x7F80
-        else:
-            bad = ~np.isfinite(values)
-        _refuse_positions(bad.any(axis=1), samples, targets, f"{what} in hidden state {layer}")
+        _refuse_positions(kept[bad_states(values)], samples, targets, f"{what} in hidden state {layer}")
+    if targets.attention_count is not None:
+        offsets = offsets_of(targets.attention_count.astype(np.int64))
+        for layer, weights in targets.attention.items():
+            wrong = ~((weights >= 0) & (weights <= 1 + MAX_LOGPROB))
+            _refuse_entries(wrong, offsets, samples, targets, f"attention weights of {layer} outside 0 to 1")
 
 
 def _check_entries(samples: SampleBatch, targets: TargetBatch, identity: DatasetIdentity) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from storage.config import CacheConfig, Kind
+from storage.config import CacheConfig, HiddenDtype, Kind
 from storage.errors import IdentityError, InputError
 from storage.object_store import Store
 from storage.settings import Settings, added
@@ -58,7 +58,15 @@ class CaptureIdentity(Settings):
     draw_sets: int = added(1)
     seed: int | None = None
     hidden: list[str] = Field(default_factory=list)
-    hidden_dtype: Literal["float16", "bfloat16"] | None = None
+    hidden_dtype: HiddenDtype | None = None
+    hidden_every: float | None = added(None)
+    """Which positions keep hidden states and attention, see `storage.hidden.kept_positions`; null: all."""
+    hidden_projection: int | None = added(None)
+    """Width that hidden states are projected to."""
+    projection: str | None = added(None)
+    """Digest of the projection's file; null where nothing is projected."""
+    attention: list[str] = added([])
+    """Layers whose head-averaged attention is kept."""
 
     @classmethod
     def of(cls, cache: CacheConfig) -> Self:
@@ -72,6 +80,8 @@ class CaptureIdentity(Settings):
             seed=cache.seed if sampled else None,
             hidden=sorted(set(cache.hidden)),
             hidden_dtype=cache.hidden_dtype if cache.hidden else None,
+            hidden_every=cache.hidden_every if cache.hidden_every != 1 and (cache.hidden or cache.attention) else None,
+            attention=sorted(set(cache.attention)),
         )
 
     @model_validator(mode="after")

@@ -5,26 +5,31 @@ Which columns there are follows from the dataset's identity; those that do not a
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from storage.config import HiddenDtype
 from storage.errors import InputError, IntegrityError
 from storage.identity import DatasetIdentity, canonical_json
 from storage.samples import ID_BYTES
-from storage.settings import Settings
+from storage.settings import Settings, added
 
 METADATA_KEY = b"lectern"
 HIDDEN_PREFIX = "hidden_"
+ATTENTION_PREFIX = "attention_"
 MAX_ENTRIES = 65_535
 
 
 class HiddenLayout(Settings):
-    """How a `hidden_<layer>` value is read: a row-major [positions, width] matrix, little-endian."""
+    """How a `hidden_<layer>` value is read: a row-major [positions, width] matrix, little-endian.
 
-    dtype: Literal["float16", "bfloat16"]
+    Rows of `int8` begin with a float32 scale: a state is scale · value.
+    """
+
+    dtype: HiddenDtype
     width: int = Field(ge=1)
 
 
@@ -38,6 +43,10 @@ class FileMetadata(Settings):
     """Supervised positions of all rows."""
     hidden: dict[str, HiddenLayout] = Field(default_factory=dict)
     """Layer name → layout."""
+    hidden_every: float | None = added(None)
+    """Which positions keep hidden states and attention, see `storage.hidden.kept_positions`; null: all."""
+    attention: list[str] = added([])
+    """Layers whose attention is kept."""
 
 
 def max_entries(identity: DatasetIdentity) -> int:
@@ -68,6 +77,7 @@ def table_schema(identity: DatasetIdentity, metadata: FileMetadata) -> pa.Schema
         _field("teacher_entropy", pa.float32()),
     ]
     fields += [_field(HIDDEN_PREFIX + layer, pa.binary()) for layer in identity.capture.hidden]
+    fields += [_field(ATTENTION_PREFIX + layer, pa.binary()) for layer in identity.capture.attention]
     return pa.schema(fields, metadata={METADATA_KEY: canonical_json(metadata.model_dump(mode="json"))})
 
 

@@ -17,14 +17,17 @@ are those of all sets, and `draw_set` gives one of them by itself.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.samples import Int32Array, Int64Array, UInt8Array, offsets_of, ragged_index
+from storage.samples import BoolArray, Int32Array, Int64Array, UInt8Array, offsets_of, ragged_index
 
 Float16Array = NDArray[np.float16]
 Float32Array = NDArray[np.float32]
+
+_T = TypeVar("_T", bound=np.generic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +42,12 @@ class TargetBatch:
     tail_mass: Float16Array  # [P], teacher probability outside the kept entries
     teacher_nll: Float32Array  # [N], mean over the sample's supervised positions, nats
     teacher_entropy: Float32Array  # [N], mean over the sample's supervised positions, nats
-    hidden: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)  # layer → [P, width], 2-byte dtype
+    hidden: Mapping[str, NDArray[np.generic]] = field(
+        default_factory=dict
+    )  # layer → [K, columns], see `storage.hidden`
+    hidden_kept: BoolArray | None = None  # [P], the K positions that keep states and attention; None = all of them
+    attention: Mapping[str, Float16Array] = field(default_factory=dict)  # layer → [A], rows of kept positions, joined
+    attention_count: Int32Array | None = None  # [P], length of each position's row, 0 where none is kept
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -59,6 +67,13 @@ class TargetBatch:
         """Where each position's entries start and end, [P + 1]."""
         return offsets_of(self.count.astype(np.int64))
 
+    @property
+    def state_offsets(self) -> Int64Array:
+        """Where each sample's kept states start and end, [N + 1]."""
+        if self.hidden_kept is None:
+            return self.offsets
+        return np.concatenate(([0], np.cumsum(self.hidden_kept, dtype=np.int64)))[self.offsets]
+
     def take(self, rows: Sequence[int]) -> "TargetBatch":
         """Return the targets of the samples at `rows`, in that order."""
         picked = list(rows)
@@ -73,8 +88,19 @@ class TargetBatch:
             tail_mass=self.tail_mass[positions],
             teacher_nll=self.teacher_nll[picked],
             teacher_entropy=self.teacher_entropy[picked],
-            hidden={layer: values[positions] for layer, values in self.hidden.items()},
+            **self._take_states(picked, positions),
         )
+
+    def _take_states(self, rows: list[int], positions: Int64Array) -> dict[str, Any]:
+        states = ragged_index(self.state_offsets, rows)
+        count = self.attention_count
+        weights = None if count is None else ragged_index(offsets_of(count.astype(np.int64)), positions.tolist())
+        return {
+            "hidden": {layer: values[states] for layer, values in self.hidden.items()},
+            "hidden_kept": None if self.hidden_kept is None else self.hidden_kept[positions],
+            "attention": {layer: values[weights] for layer, values in self.attention.items()},
+            "attention_count": None if count is None else count[positions],
+        }
 
     @staticmethod
     def concat(batches: Sequence["TargetBatch"]) -> "TargetBatch":
@@ -90,4 +116,13 @@ class TargetBatch:
             teacher_nll=np.concatenate([b.teacher_nll for b in batches]),
             teacher_entropy=np.concatenate([b.teacher_entropy for b in batches]),
             hidden={k: np.concatenate([b.hidden[k] for b in batches]) for k in batches[0].hidden},
+            hidden_kept=_joined([b.hidden_kept for b in batches]),
+            attention={k: np.concatenate([b.attention[k] for b in batches]) for k in batches[0].attention},
+            attention_count=_joined([b.attention_count for b in batches]),
         )
+
+
+def _joined(arrays: Sequence[NDArray[_T] | None]) -> NDArray[_T] | None:
+    """Join arrays that all batches have, or none."""
+    there = [array for array in arrays if array is not None]
+    return np.concatenate(there) if there else None

@@ -27,7 +27,8 @@ class Batch:
     attention: Tensor | None  # bool [N, 1, L, L], true where attended; none where plain causal attention is right
     predictor: Tensor  # int64 [P], flat index n·L + i of the state that predicts a supervised token
     targets: SparseTargets
-    hidden: Mapping[str, Tensor]  # dataset layer → float [P, width]
+    hidden: Mapping[str, Tensor]  # dataset layer → float [K, width]
+    hidden_rows: Tensor | None  # int64 [K], the positions whose states were kept; none where all were
 
     @property
     def num_supervised(self) -> int:
@@ -45,6 +46,7 @@ class Batch:
             self.predictor.to(device, non_blocking=True),
             self.targets.to(device),
             {layer: states.to(device, non_blocking=True) for layer, states in self.hidden.items()},
+            None if self.hidden_rows is None else self.hidden_rows.to(device, non_blocking=True),
         )
 
 
@@ -82,6 +84,7 @@ def make_batch(samples: SampleBatch, targets: TargetBatch, kind: str, layers: tu
         predictor=torch.from_numpy(flat[supervised] - 1),
         targets=sparse_targets(targets, samples.tokens[supervised].astype(np.int64), kind),
         hidden={layer: states_tensor(targets.hidden[layer]) for layer in layers},
+        hidden_rows=None if targets.hidden_kept is None else torch.from_numpy(np.flatnonzero(targets.hidden_kept)),
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import storage.errors
 from storage.errors import LecternError, WorkerError
+from storage.hidden import positions_per_state
 from storage.identity import DatasetIdentity
 from storage.reader import Dataset
 from storage.sample_set import SampleSet
@@ -129,7 +130,8 @@ class _Rank:
             with torch.random.fork_rng():
                 torch.manual_seed(self.spec.student.seed)
                 transfer = HiddenTransfer(widths, variance)
-        return DistilModel(model, loss, anatomy.head_path, transfer).train()
+        weight = positions_per_state(self.spec.identity.capture.hidden_every)
+        return DistilModel(model, loss, anatomy.head_path, transfer, weight).train()
 
     def run(self, report: Report, restore: Restore) -> dict[str, Any]:
         """Run the steps that are left and export."""

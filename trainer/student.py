@@ -134,8 +134,17 @@ def record_layers(model: Any, layers: list[str]) -> Iterator[dict[str, Tensor]]:
 class DistilModel(nn.Module):
     """The student, its projectors, and the loss; what DeepSpeed trains."""
 
-    def __init__(self, model: Any, loss: LossConfig, head_path: HeadPath, transfer: HiddenTransfer | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        loss: LossConfig,
+        head_path: HeadPath,
+        transfer: HiddenTransfer | None,
+        hidden_weight: float = 1.0,
+    ) -> None:
+        """Put together what is trained; `hidden_weight` is how many positions each kept hidden state stands for."""
         super().__init__()
+        self._hidden_weight = hidden_weight
         self.model = model
         self.transfer = transfer
         self.head_path: HeadPath = head_path
@@ -158,7 +167,7 @@ class DistilModel(nn.Module):
                 layer: states if name == "final" and states is not None else _rows(seen[name], batch.predictor)
                 for layer, name in self._loss.hidden_map.items()
             }
-            hidden = self.transfer(student, batch.hidden)
+            hidden = self.transfer(student, batch.hidden, batch.hidden_rows, self._hidden_weight)
             total = total + self._loss.hidden * hidden
         kl = each[1] if len(each) > 1 else each.new_zeros(())
         return total, torch.stack([each[0], kl, hidden.detach()])

@@ -6,23 +6,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from storage.codecs.states import read_state_columns, state_columns, state_layouts
 from storage.contract import check_contract
 from storage.draws import sampled_logprob
 from storage.errors import InputError, IntegrityError
 from storage.identity import DatasetIdentity
 from storage.samples import ID_BYTES, Int16Array, Int64Array, SampleBatch, offsets_of, ragged_index
-from storage.schema import (
-    HIDDEN_PREFIX,
-    FileMetadata,
-    HiddenLayout,
-    draws_column,
-    file_metadata,
-    table_schema,
-)
+from storage.schema import FileMetadata, draws_column, file_metadata, table_schema
 from storage.targets import TargetBatch
 
 _MAX_LIST_VALUES = 2**31 - 1
-_HIDDEN_DTYPES = {"float16": "<f2", "bfloat16": "<u2"}
 
 
 def encode(samples: SampleBatch, targets: TargetBatch, identity: DatasetIdentity) -> pa.Table:
@@ -33,10 +26,9 @@ def encode(samples: SampleBatch, targets: TargetBatch, identity: DatasetIdentity
         fingerprint=identity.fingerprint,
         kind=identity.capture.kind,
         positions=targets.num_positions,
-        hidden={
-            layer: HiddenLayout(dtype=identity.capture.hidden_dtype or "float16", width=values.shape[1])
-            for layer, values in targets.hidden.items()
-        },
+        hidden=state_layouts(targets, identity),
+        hidden_every=identity.capture.hidden_every,
+        attention=identity.capture.attention,
     )
     schema = table_schema(identity, metadata)
     columns = _sample_columns(samples) | _target_columns(targets)
@@ -59,8 +51,6 @@ def decode(table: pa.Table) -> tuple[SampleBatch, TargetBatch]:
     sizes = (len(targets.id), len(targets.logprob), entries if targets.draws is None else targets.draws.shape[1])
     if set(sizes) != {entries}:
         raise IntegrityError(f"a data file counts {entries} entries but holds {sizes} ids, log-probabilities and draws")
-    if any(len(values) != targets.num_positions for values in targets.hidden.values()):
-        raise IntegrityError("a data file does not hold one hidden state for each supervised position")
     if (samples.num_supervised() != np.diff(targets.offsets)).any():
         raise IntegrityError("a data file does not hold one target row for each supervised position")
     return samples, targets
@@ -101,9 +91,7 @@ def _target_columns(targets: TargetBatch) -> dict[str, Any]:
     }
     for number, draws in enumerate(targets.draws if targets.draws is not None else []):
         columns[draws_column(number)] = (draws, entries)
-    for layer, values in targets.hidden.items():
-        columns[HIDDEN_PREFIX + layer] = _binary_column(values, targets.offsets)
-    return columns
+    return columns | state_columns(targets)
 
 
 def _column(column: Any, kind: Any) -> Any:
@@ -117,20 +105,6 @@ def _column(column: Any, kind: Any) -> Any:
         )
     flat = pa.array(np.ascontiguousarray(values, dtype=kind.value_type.to_pandas_dtype()))
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), flat, type=kind)
-
-
-def _binary_column(values: NDArray[Any], offsets: Int64Array) -> Any:
-    """Return one binary value per sample, its rows of `values` [P, width]; chunked where 2 GiB are passed."""
-    raw = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
-    ends = offsets * values.shape[1] * values.itemsize
-    chunks, first = [], 0
-    while first < len(offsets) - 1:
-        last = max(first + 1, int(np.searchsorted(ends, ends[first] + _MAX_LIST_VALUES, side="right")) - 1)
-        local = (ends[first : last + 1] - ends[first]).astype(np.int32)
-        data = pa.py_buffer(raw[ends[first] : ends[last]])
-        chunks.append(pa.BinaryArray.from_buffers(pa.binary(), last - first, [None, pa.py_buffer(local), data]))
-        first = last
-    return pa.chunked_array(chunks, pa.binary())
 
 
 def _read_samples(table: pa.Table) -> SampleBatch:
@@ -182,7 +156,7 @@ def _read_targets(table: pa.Table, metadata: FileMetadata, samples: SampleBatch)
         **entries,
         teacher_nll=_scalars(table, "teacher_nll"),
         teacher_entropy=_scalars(table, "teacher_entropy"),
-        hidden={layer: _read_hidden(table, layer, layout) for layer, layout in metadata.hidden.items()},
+        **read_state_columns(table, metadata, samples),
     )
 
 
@@ -222,16 +196,6 @@ def _read_entries(table: pa.Table, kind: str) -> dict[str, Any]:
         "draws": draws,
         "tail_mass": tail_mass,
     }
-
-
-def _read_hidden(table: pa.Table, layer: str, layout: HiddenLayout) -> NDArray[Any]:
-    parts = []
-    for chunk in table.column(HIDDEN_PREFIX + layer).chunks:
-        _, offsets, data = chunk.buffers()
-        if len(chunk) and data is not None:
-            own = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
-            parts.append(np.frombuffer(data, np.uint8)[own[0] : own[-1]])
-    return _joined(parts, np.uint8).view(_HIDDEN_DTYPES[layout.dtype]).reshape(-1, layout.width)
 
 
 def _flat(table: pa.Table, name: str, dtype: Any) -> tuple[NDArray[Any], Int64Array]:

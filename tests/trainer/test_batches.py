@@ -1,5 +1,6 @@
 """From samples to tensors: padding, packed attention, and the estimate that each kind stands for."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from storage.draws import draw_set
 from storage.errors import IntegrityError
+from storage.hidden import store_states
 from storage.samples import SampleBatch
 from tests.trainer.tiny import QWEN2, made_up_targets, make_run, train_config
 from tests.workers.tiny import VOCAB_SIZE, window
@@ -90,6 +92,19 @@ def test_bfloat16_states_are_read_from_their_bit_patterns() -> None:
     batch = make_batch(samples, targets, "topk", ("final",))
     assert batch.hidden["final"].dtype == torch.bfloat16
     assert torch.equal(batch.hidden["final"], states)
+
+
+def test_int8_states_are_read_with_their_scales_and_know_their_positions() -> None:
+    samples = SampleBatch.of([window([6])])
+    values = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
+    targets = replace(
+        made_up_targets(samples, "topk", VOCAB_SIZE),
+        hidden={"final": store_states(values, "int8")},
+        hidden_kept=np.asarray([False, True, False, False, True]),
+    )
+    batch = make_batch(samples, targets, "topk", ("final",))
+    torch.testing.assert_close(batch.hidden["final"], torch.from_numpy(values), atol=0.02, rtol=0)
+    assert batch.hidden_rows is not None and batch.hidden_rows.tolist() == [1, 4]
 
 
 def test_targets_of_other_samples_are_refused() -> None:

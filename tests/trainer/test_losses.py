@@ -13,6 +13,7 @@ from tests.workers.tiny import window
 from trainer.batches import sparse_targets
 from trainer.losses import SPARSE_LOSSES, ForwardKL, HeadTerms, SparseTargets, head_loss, logits_loss, require_kind
 from trainer.losses import head as head_module
+from trainer.losses.hidden import HiddenTransfer
 
 VOCAB, WIDTH = 64, 16
 KINDS = ["topk", "hybrid", "sampled", "dense"]
@@ -190,3 +191,13 @@ def test_a_loss_refuses_kinds_and_names_one_that_fits() -> None:
     with pytest.raises(InputError, match="cross-entropy alone"):
         require_kind(ForwardKL(), "text", SPARSE_LOSSES)
     require_kind(ForwardKL(), "topk", SPARSE_LOSSES)
+
+
+def test_hidden_states_of_some_positions_stand_for_all() -> None:
+    generator = torch.Generator().manual_seed(2)
+    student, teacher = (torch.randn(12, width, generator=generator) for width in (6, 4))
+    transfer = HiddenTransfer({"final": (6, 4)}, {"final": teacher.var(dim=0)})
+    whole = transfer({"final": student}, {"final": teacher})
+    parts = [torch.arange(first, 12, 3) for first in range(3)]
+    sums = [transfer({"final": student}, {"final": teacher[rows]}, rows, 3.0) for rows in parts]
+    assert sum(sums).item() / 3 == pytest.approx(whole.item(), rel=1e-5)

@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from storage.config import CacheConfig
 from storage.errors import InputError
+from storage.heads import full_logprobs, load_head
+from storage.hidden import states_tensor
 from storage.identity import DatasetIdentity
+from storage.object_store import Store
 from storage.reader import Dataset
 from storage.targets import TargetBatch
 from storage.verify import verify_dataset
@@ -92,6 +95,29 @@ def test_float32_targets_match_plain_transformers(
             assert rank["replicated"]
     again, _ = run_capture(tiny_run, folder, teacher, cache)
     assert (again.scored_samples, again.reused_samples) == (0, tiny_run.samples.num_samples)
+
+
+@pytest.mark.parametrize("sharding", ["tensor_parallel", "zero3"])
+def test_attention_states_and_head_of_two_ranks_are_those_of_one(tiny_run: TinyRun, sharding: str) -> None:
+    folder = tiny_run.model("qwen2", 256)
+    found = []
+    for how, ranks in (("none", 1), (sharding, 2)):
+        teacher = TeacherConfig(name=str(folder), dtype="float32", sharding=how, ranks=ranks, batch_tokens=512)
+        kept = {"hidden": ["final"], "hidden_dtype": "float32", "hidden_every": 4, "attention": ["model.layers.1"]}
+        cache = tiny_run.cache(f"attention-{sharding}-{ranks}", **kept)
+        _, identity = run_capture(tiny_run, folder, teacher, cache)
+        assert verify_dataset(cache.url).ok
+        found.append(stored(tiny_run, cache, identity))
+        head = load_head(Store(cache.url), identity.fingerprint)
+    one, two = found
+    assert one.attention_count is not None and 0 < (one.attention_count > 0).mean() < 0.3
+    np.testing.assert_array_equal(one.attention_count, two.attention_count)
+    for layer, weights in one.attention.items():
+        np.testing.assert_allclose(weights, two.attention[layer], atol=1e-3)
+    expected = reference_logprobs(tiny_run, folder)[one.hidden_kept]
+    for targets in found:
+        [logprobs] = full_logprobs(states_tensor(targets.hidden["final"]), head)
+        np.testing.assert_allclose(logprobs.numpy(), expected, atol=2e-4)
 
 
 def test_bfloat16_targets_stay_close(tiny_run: TinyRun) -> None:

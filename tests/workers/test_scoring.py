@@ -12,7 +12,7 @@ from storage.identity import CaptureIdentity, DatasetIdentity, TeacherIdentity, 
 from storage.samples import SampleBatch
 from storage.targets import TargetBatch
 from tests.workers.tiny import PADDED_SIZE, VOCAB_SIZE, tiny_model, window
-from workers.local.hooks import check_layers
+from workers.local.hooks import attention_module, check_layers
 from workers.local.scoring import ScoringSettings, merge_parts, score_part
 from workers.local.selection import SelectionSettings
 
@@ -27,7 +27,7 @@ def settings(data_parallel: bool = False, kind: str = "hybrid", hidden: tuple[st
 
 def targets(model: torch.nn.Module, how: ScoringSettings, num_ranks: int = 1) -> TargetBatch:
     parts = [score_part(model, SAMPLES, how, rank, num_ranks, CPU) for rank in range(num_ranks)]
-    return merge_parts(SAMPLES, parts)
+    return merge_parts(SAMPLES, parts, how)
 
 
 def reference(model: torch.nn.Module) -> torch.Tensor:
@@ -111,3 +111,33 @@ def test_non_finite_teacher_names_the_samples() -> None:
         model.get_output_embeddings().weight[3] = float("nan")
     with pytest.raises(IntegrityError, match=SAMPLES.ids()[0].hex()):
         targets(model, settings())
+
+
+@pytest.mark.parametrize("num_ranks,data_parallel", [(1, False), (3, False), (2, True)])
+def test_kept_states_and_attention_are_those_of_plain_transformers(num_ranks: int, data_parallel: bool) -> None:
+    model = tiny_model("qwen2", attention="eager")
+    how = replace(settings(data_parallel, hidden=("final",)), hidden_dtype="float32", attention=("model.layers.1",))
+    whole = targets(model, how, num_ranks)
+    assert whole.attention_count is not None
+    rows: list[np.ndarray] = []
+    for n in range(len(SAMPLES)):
+        sample = SAMPLES.sample(n)
+        for document in np.unique(sample.document):
+            tokens = torch.from_numpy(sample.tokens[sample.document == document].astype(np.int64))
+            with torch.no_grad():
+                maps = model(input_ids=tokens[None], output_attentions=True).attentions[1]
+            rows += [maps[0].mean(0)[query, : query + 1].numpy() for query in range(len(tokens) - 1)]
+    assert [len(row) for row in rows] == whole.attention_count.tolist()
+    np.testing.assert_allclose(whole.attention["model.layers.1"], np.concatenate(rows), atol=1e-3)
+    part = targets(model, replace(how, hidden_every=3.0), num_ranks)
+    assert part.hidden_kept is not None and 0 < part.hidden_kept.sum() < len(rows)
+    np.testing.assert_allclose(part.hidden["final"], whole.hidden["final"][part.hidden_kept], atol=1e-5)
+    kept = [row for row, keep in zip(rows, part.hidden_kept, strict=True) if keep]
+    np.testing.assert_allclose(part.attention["model.layers.1"], np.concatenate(kept), atol=1e-3)
+
+
+def test_a_layer_without_attention_lists_those_that_have_it() -> None:
+    model = tiny_model("qwen2")
+    assert attention_module(model, "model.layers.1") is model.get_submodule("model.layers.1.self_attn")
+    with pytest.raises(InputError, match=r"no attention in 'model\.layers\.9'; there is in \['model\.layers\.0'"):
+        attention_module(model, "model.layers.9")

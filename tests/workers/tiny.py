@@ -33,7 +33,12 @@ TINY: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(
-    model_type: str, seed: int = 0, width: int = 32, vocab_size: int = PADDED_SIZE, spread: float = 0.2
+    model_type: str,
+    seed: int = 0,
+    width: int = 32,
+    vocab_size: int = PADDED_SIZE,
+    spread: float = 0.2,
+    attention: str | None = None,
 ) -> nn.Module:
     """Return a random causal language model of two layers whose vocabulary is padded."""
     torch.manual_seed(seed)
@@ -48,7 +53,7 @@ def tiny_model(
         initializer_range=spread,
         **TINY[model_type],
     )
-    return AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-any-return]
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()  # type: ignore[no-any-return]
 
 
 def window(documents: list[int], seed: int = 0) -> Sample:

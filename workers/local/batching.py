@@ -19,7 +19,15 @@ class ModelInputs:
 
     input_ids: Tensor  # int64 [N, L]
     position_ids: Tensor  # int64 [N, L], restarting at each document
-    attention_mask: Tensor | None  # bool [N, 1, L, L], true where a query may look
+    attention_mask: Tensor | None  # bool [N, 1, L, L], true where a query may look; or, additive, a float
+
+    def additive(self, dtype: torch.dtype) -> "ModelInputs":
+        """Return the inputs with a mask that eager attention adds to its scores: 0 or the least number."""
+        if self.attention_mask is None:
+            return self
+        mask = torch.zeros(self.attention_mask.shape, dtype=dtype, device=self.attention_mask.device)
+        mask.masked_fill_(~self.attention_mask, torch.finfo(dtype).min)
+        return ModelInputs(self.input_ids, self.position_ids, mask)
 
     def to(self, device: torch.device) -> "ModelInputs":
         """Return the inputs on a device."""

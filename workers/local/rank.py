@@ -95,7 +95,7 @@ class Rank:
         torch.set_num_threads(place.threads)
         from storage.heads import FINAL, save_head
         from workers.local.head import output_head
-        from workers.local.hooks import check_layers
+        from workers.local.hooks import attention_module, check_layers
         from workers.local.memory import keep_freed_memory
         from workers.local.sharding import load_model, shard_model
 
@@ -109,9 +109,12 @@ class Rank:
                 # A shared-memory collective that only tensor parallelism uses; compiling it takes most of a minute.
                 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             deepspeed.init_distributed(dist_backend="nccl" if place.device == "cuda" else "gloo", verbose=False)
-        model = load_model(job.model_folder, job.teacher, self.device)
-        check_layers(model, job.identity.capture.hidden)
-        if place.rank == 0 and FINAL in job.identity.capture.hidden:
+        capture = job.identity.capture
+        model = load_model(job.model_folder, job.teacher, self.device, "eager" if capture.attention else None)
+        check_layers(model, capture.hidden)
+        for layer in capture.attention:
+            attention_module(model, layer)
+        if place.rank == 0 and FINAL in capture.hidden:
             head = output_head(model, job.identity.tokenizer.vocab_size)
             save_head(Store(job.dataset_url), head, job.identity.fingerprint)
         self.model, report = shard_model(model, job.teacher, place.rank)
@@ -154,7 +157,7 @@ class Rank:
             return UnitReceipt(before, scored=False)
         samples, own = found
         parts = [own, *ray.get([reference for box in boxes for reference in box])]
-        receipt = self.writer.commit(unit.unit_id, samples, merge_parts(samples, parts), attempt)
+        receipt = self.writer.commit(unit.unit_id, samples, merge_parts(samples, parts, self.settings), attempt)
         self._advance()
         return UnitReceipt(
             receipt=receipt,
@@ -196,6 +199,8 @@ def _scoring_settings(job: CaptureJob) -> Any:
         hidden_dtype=capture.hidden_dtype or "float16",
         batch_tokens=job.teacher.batch_tokens,
         data_parallel=job.teacher.sharding == "zero3" and job.teacher.ranks > 1,
+        hidden_every=capture.hidden_every,
+        attention=tuple(capture.attention),
     )
 
 

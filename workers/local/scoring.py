@@ -8,7 +8,8 @@ How the ranks of a replica share a unit depends on how the model is sharded:
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from storage.errors import IntegrityError
-from storage.samples import Int64Array, SampleBatch, offsets_of, ragged_index
+from storage.hidden import attention_lengths, kept_positions, store_states
+from storage.samples import BoolArray, Int64Array, SampleBatch, offsets_of, ragged_index
 from storage.targets import TargetBatch
 from workers.local.batching import ModelInputs, model_inputs, plan_batches, predicting_rows
-from workers.local.hooks import captured_hidden
+from workers.local.hooks import captured_attention, captured_hidden
 from workers.local.selection import NonFiniteLogitsError, Selection, SelectionSettings, select, uniforms
 
 
@@ -35,6 +37,8 @@ class ScoringSettings:
     batch_tokens: int
     data_parallel: bool
     """Ranks take turns at batches (ZeRO-3) instead of sharing each one."""
+    hidden_every: float | None = None
+    attention: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +47,10 @@ class ScoredPart:
 
     positions: Int64Array  # [p], index among the unit's supervised positions
     selection: Selection | None  # of those positions; None when there are none
-    hidden: Mapping[str, NDArray[np.generic]]  # layer → [p, width]
+    kept: BoolArray  # [p], which of them keep states and attention: K
+    hidden: Mapping[str, NDArray[np.generic]]  # layer → [K, columns]
+    attention: Mapping[str, NDArray[np.float16]]  # layer → [A], rows of the kept positions, joined
+    attention_count: NDArray[np.int32]  # [p], length of each row, 0 where none is kept
     forward_s: float
     selection_s: float
 
@@ -56,6 +63,12 @@ class _Positions:
     logits_row: Int64Array  # [p], row of the flattened [N·L] output that predicts the position
     truth: Int64Array  # [p]
     uniform: NDArray[np.float64]  # [p, R], of R sets of draws
+    kept: BoolArray  # [p], keeps hidden states and attention
+    looks_back: Int64Array  # [p], tokens that the prediction may attend to
+
+    def part(self, first: int, last: int) -> "_Positions":
+        """Return the positions from `first` to `last`."""
+        return _Positions(*(getattr(self, f.name)[first:last] for f in fields(self)))
 
 
 def score_part(
@@ -73,7 +86,7 @@ def score_part(
         IntegrityError: the teacher's logits are NaN or infinite; the message names the samples.
     """
     batches = list(plan_batches(samples.lengths(), settings.batch_tokens))
-    pieces: list[tuple[_Positions, Selection, dict[str, NDArray[np.generic]]]] = []
+    pieces: list[tuple[_Positions, Selection, dict[str, NDArray[Any]], dict[str, NDArray[Any]]]] = []
     forward_s = selection_s = 0.0
     step = num_ranks if settings.data_parallel else 1
     for first in range(0, len(batches), step):
@@ -81,27 +94,34 @@ def score_part(
         is_dummy = turn >= len(batches)
         rows = batches[first if is_dummy else turn]
         start = time.perf_counter()
-        logits, hidden = _forward(model, model_inputs(samples.take(rows)).to(device), settings.hidden)
+        seen = _forward(model, model_inputs(samples.take(rows)).to(device), settings, num_ranks)
         forward_s += time.perf_counter() - start
         start = time.perf_counter()
         where = _supervised(samples, rows, settings)
         if not settings.data_parallel:
             where = _share(where, rank, num_ranks)
         if not is_dummy and len(where.unit):
-            selected = _select(logits, where, samples, settings)
-            pieces.append((where, selected, _pick_hidden(hidden, where, settings.hidden_dtype)))
+            selected = _select(seen.logits, where, samples, settings)
+            states, weights = _pick_hidden(seen.hidden, where, settings), _pick_attention(seen.attention, where)
+            pieces.append((where, selected, states, weights))
         selection_s += time.perf_counter() - start
         on_batch()
+    wheres = [piece[0] for piece in pieces]
+    kept = np.concatenate([np.zeros(0, dtype=np.bool_), *(where.kept for where in wheres)])
+    looks_back = np.concatenate([np.zeros(0, dtype=np.int64), *(where.looks_back for where in wheres)])
     return ScoredPart(
-        positions=np.concatenate([np.zeros(0, dtype=np.int64), *(where.unit for where, _, _ in pieces)]),
-        selection=Selection.concat([selected for _, selected, _ in pieces]) if pieces else None,
-        hidden={name: np.concatenate([kept[name] for _, _, kept in pieces]) for name in settings.hidden if pieces},
+        positions=np.concatenate([np.zeros(0, dtype=np.int64), *(where.unit for where in wheres)]),
+        selection=Selection.concat([piece[1] for piece in pieces]) if pieces else None,
+        kept=kept,
+        hidden={name: np.concatenate([piece[2][name] for piece in pieces]) for name in settings.hidden if pieces},
+        attention={name: np.concatenate([piece[3][name] for piece in pieces]) for name in settings.attention if pieces},
+        attention_count=np.where(kept, looks_back, 0).astype(np.int32),
         forward_s=forward_s,
         selection_s=selection_s,
     )
 
 
-def merge_parts(samples: SampleBatch, parts: Sequence[ScoredPart]) -> TargetBatch:
+def merge_parts(samples: SampleBatch, parts: Sequence[ScoredPart], settings: ScoringSettings) -> TargetBatch:
     """Put the ranks' parts together in the order of the samples."""
     filled = [part for part in parts if part.selection is not None]
     positions = np.concatenate([part.positions for part in filled])
@@ -127,42 +147,76 @@ def merge_parts(samples: SampleBatch, parts: Sequence[ScoredPart]) -> TargetBatc
         tail_mass=merged.tail_mass[order],
         teacher_nll=mean(merged.nll),
         teacher_entropy=mean(merged.entropy),
-        hidden={layer: np.concatenate([part.hidden[layer] for part in filled])[order] for layer in filled[0].hidden},
+        **_merge_states(filled, order, settings),
     )
 
 
+def _merge_states(parts: Sequence[ScoredPart], order: Int64Array, settings: ScoringSettings) -> dict[str, Any]:
+    """Return the fields of a `TargetBatch` about states and attention; `order` sorts the parts' positions."""
+    kept = np.concatenate([part.kept for part in parts])
+    rows = (np.cumsum(kept) - 1)[order[kept[order]]]
+    count = np.concatenate([part.attention_count for part in parts])
+    weights = ragged_index(offsets_of(count.astype(np.int64)), order.tolist())
+    return {
+        "hidden": {name: np.concatenate([part.hidden[name] for part in parts])[rows] for name in settings.hidden},
+        "hidden_kept": None if settings.hidden_every is None else kept[order],
+        "attention": {name: np.concatenate([p.attention[name] for p in parts])[weights] for name in settings.attention},
+        "attention_count": count[order] if settings.attention else None,
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What a forward pass gave; row n·L + i belongs to token i of sample n."""
+
+    logits: Tensor  # [N·L, W]
+    hidden: Mapping[str, Tensor]  # layer → [N·L, width]
+    attention: Mapping[str, Tensor]  # layer → float32 [N·L, L]
+
+
 @torch.no_grad()
-def _forward(model: nn.Module, inputs: ModelInputs, layers: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the logits [N·L, W] and the asked hidden states [N·L, width]."""
-    with captured_hidden(model, layers) as found:
+def _forward(model: nn.Module, inputs: ModelInputs, settings: ScoringSettings, num_ranks: int) -> _Seen:
+    if settings.attention:
+        inputs = inputs.additive(next(model.parameters()).dtype)
+    with captured_hidden(model, settings.hidden) as hidden, captured_attention(model, settings.attention) as attention:
         output = model(
             input_ids=inputs.input_ids,
             position_ids=inputs.position_ids,
             attention_mask=inputs.attention_mask,
             use_cache=False,
         )
-    return output.logits.flatten(0, 1), {layer: found[layer].flatten(0, 1) for layer in layers}
+    if torch.distributed.is_initialized() and not settings.data_parallel and num_ranks > 1:
+        for weights in attention.values():
+            torch.distributed.all_reduce(weights)
+            weights /= num_ranks
+    return _Seen(
+        output.logits.flatten(0, 1),
+        {layer: hidden[layer].flatten(0, 1) for layer in settings.hidden},
+        {layer: attention[layer].flatten(0, 1) for layer in settings.attention},
+    )
 
 
 def _supervised(samples: SampleBatch, rows: Sequence[int], settings: ScoringSettings) -> _Positions:
     """Locate the supervised positions of the samples at `rows`, padded to the longest of them."""
     batch = samples.take(rows)
+    num_positions = batch.num_supervised()
     logits_row, truth = predicting_rows(batch)
-    named = zip(batch.ids(), batch.num_supervised().tolist(), strict=True)
+    named = zip(batch.ids(), num_positions.tolist(), strict=True)
     uniform = [uniforms(settings.seed, sample_id, n, settings.draw_sets) for sample_id, n in named]
     return _Positions(
         unit=ragged_index(offsets_of(samples.num_supervised()), rows),
         logits_row=logits_row,
         truth=truth,
         uniform=np.concatenate(uniform),
+        kept=kept_positions(batch.sample_id, num_positions, settings.hidden_every),
+        looks_back=attention_lengths(batch),
     )
 
 
 def _share(where: _Positions, rank: int, num_ranks: int) -> _Positions:
     """Return this rank's run of positions; the shares differ by at most one position."""
     count = len(where.unit)
-    part = slice(count * rank // num_ranks, count * (rank + 1) // num_ranks)
-    return _Positions(where.unit[part], where.logits_row[part], where.truth[part], where.uniform[part])
+    return where.part(count * rank // num_ranks, count * (rank + 1) // num_ranks)
 
 
 def _select(logits: Tensor, where: _Positions, samples: SampleBatch, settings: ScoringSettings) -> Selection:
@@ -180,11 +234,21 @@ def _select(logits: Tensor, where: _Positions, samples: SampleBatch, settings: S
         ) from error
 
 
-def _pick_hidden(hidden: Mapping[str, Tensor], where: _Positions, dtype: str) -> dict[str, NDArray[np.generic]]:
-    """Return the hidden states that predict the positions, [p, width], in the stored dtype."""
+def _pick_hidden(
+    hidden: Mapping[str, Tensor], where: _Positions, settings: ScoringSettings
+) -> dict[str, NDArray[np.generic]]:
+    """Return the hidden states that predict the kept positions, [K, columns], in the stored format."""
+    rows = torch.from_numpy(where.logits_row[where.kept])
+    picked = {layer: states[rows.to(states.device)].float().cpu().numpy() for layer, states in hidden.items()}
+    return {layer: store_states(values, settings.hidden_dtype) for layer, values in picked.items()}
+
+
+def _pick_attention(attention: Mapping[str, Tensor], where: _Positions) -> dict[str, NDArray[np.float16]]:
+    """Return what each kept prediction attends to, first token of its document to the last before it, joined [A]."""
     picked = {}
-    for layer, states in hidden.items():
-        values = states[torch.from_numpy(where.logits_row).to(states.device)].to(getattr(torch, dtype)).cpu()
-        # numpy has no bfloat16: its bit patterns are kept as uint16.
-        picked[layer] = values.view(torch.uint16).numpy() if dtype == "bfloat16" else values.numpy()
+    for layer, weights in attention.items():
+        rows, count = where.logits_row[where.kept], where.looks_back[where.kept]
+        chosen = weights[torch.from_numpy(rows).to(weights.device)].half().cpu().numpy()
+        column, query = np.arange(chosen.shape[1]), rows % chosen.shape[1]
+        picked[layer] = chosen[(column > (query - count)[:, None]) & (column <= query[:, None])]
     return picked

@@ -26,11 +26,18 @@ class ShardReport:
     """Modules whose parameters every rank holds whole, although there are several ranks."""
 
 
-def load_model(folder: Path, teacher: TeacherConfig, device: torch.device) -> nn.Module:
-    """Load a model folder in the teacher's precision, ready to score; InputError when it cannot be loaded."""
+def load_model(folder: Path, teacher: TeacherConfig, device: torch.device, attention: str | None = None) -> nn.Module:
+    """Load a model folder in the teacher's precision, ready to score; InputError when it cannot be loaded.
+
+    `attention` asks for an implementation, e.g. `eager`, which alone tells its weights.
+    """
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, teacher.dtype), local_files_only=True, use_safetensors=True
+            folder,
+            dtype=getattr(torch, teacher.dtype),
+            local_files_only=True,
+            use_safetensors=True,
+            attn_implementation=attention,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
