@@ -110,12 +110,29 @@ def inspect(
 
 @app.command()
 def verify(
-    target: Target, set_: Set = None, run_dir: RunDirectory = None, as_json: Json = False, debug: Debug = False
+    target: Target,
+    set_: Set = None,
+    run_dir: RunDirectory = None,
+    as_json: Json = False,
+    debug: Debug = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Drop damaged units, so that the next capture scores them again.")
+    ] = False,
 ) -> None:
     """Re-hashes every shard, checks manifests, counts and ids."""
     from cluster import commands
 
-    _run(lambda out: commands.verify(out, target, set_ or [], run_dir), as_json, debug)
+    _run(lambda out: commands.verify(out, target, set_ or [], run_dir, repair), as_json, debug)
+
+
+@app.command()
+def compact(
+    target: Target, set_: Set = None, run_dir: RunDirectory = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Folds the records of all units into one index, so that a large dataset opens in a few requests."""
+    from cluster import maintenance
+
+    _run(lambda out: maintenance.compact(out, target, set_ or [], run_dir), as_json, debug)
 
 
 @app.command()

@@ -53,7 +53,7 @@ def inspect(
     from cluster.tables import show_dataset, show_sample
     from storage.reader import Dataset
 
-    url, run = _dataset_of(out, target, overrides, run_dir)
+    url, run = dataset_of(out, target, overrides, run_dir)
     dataset = Dataset.open(url)
     if sample is None:
         facts = describe_dataset(dataset)
@@ -64,14 +64,16 @@ def inspect(
     return sample_json(view)
 
 
-def verify(out: Terminal, target: str, overrides: Sequence[str], run_dir: str | None) -> dict[str, Any]:
-    """Check a dataset; exit code 2 when something is wrong with it."""
+def verify(
+    out: Terminal, target: str, overrides: Sequence[str], run_dir: str | None, repair: bool = False
+) -> dict[str, Any]:
+    """Check a dataset; exit code 2 when something is wrong with it. `repair` takes damaged units out."""
     from dataclasses import asdict
 
     from cluster.figures import size
     from storage.verify import verify_dataset
 
-    url, _ = _dataset_of(out, target, overrides, run_dir)
+    url, _ = dataset_of(out, target, overrides, run_dir)
     with Progress(out.stream).task(f"Verifying {url}", "units") as task:
         found = verify_dataset(url, task.update)
     for problem in found.problems:
@@ -80,6 +82,10 @@ def verify(out: Terminal, target: str, overrides: Sequence[str], run_dir: str | 
         out.say(
             f"{len(found.orphans)} data files without a manifest, left by interrupted attempts: not part of the dataset"
         )
+    if repair and found.damaged_units:
+        from cluster.maintenance import drop
+
+        drop(out, url, found.damaged_units)
     state = "sound" if found.ok else f"{len(found.problems)} problems"
     out.say(f"{found.units} units, {found.samples:,} samples, {found.tokens:,} tokens, {size(found.bytes)}: {state}")
     return {**asdict(found), "ok": found.ok, "exit_code": 0 if found.ok else InputError.exit_code}
@@ -137,8 +143,8 @@ def _run_of(out: Terminal, target: str, overrides: Sequence[str], run_dir: str |
     return check_config(parse_yaml(raw.decode(), where), where), run
 
 
-def _dataset_of(out: Terminal, target: str, overrides: Sequence[str], run_dir: str | None) -> tuple[str, RunDir | None]:
-    """The dataset that a config, a run directory or its own URL names, and the run directory where one is known."""
+def dataset_of(out: Terminal, target: str, overrides: Sequence[str], run_dir: str | None) -> tuple[str, RunDir | None]:
+    """Return the dataset that a config, a run directory or its own URL names; the run directory where one is known."""
     from storage.info import INFO_KEY
     from storage.object_store import Store
 

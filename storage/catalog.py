@@ -6,9 +6,12 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.committed import read_uncovered
+from storage.index import Index
+from storage.info import DatasetInfo
 from storage.manifest import ManifestRecord, each
 from storage.object_store import Store
-from storage.samples import ID_BYTES, Int64Array, UInt8Array
+from storage.samples import ID_BYTES, UInt8Array
 from storage.shard import read_sample_ids
 
 SampleIds = Sequence[bytes] | UInt8Array
@@ -22,21 +25,22 @@ def id_array(sample_ids: SampleIds) -> UInt8Array:
 
 
 class Catalog:
-    """Finds samples by id. Of a sample committed in several units the oldest one counts, for every reader alike.
+    """Finds samples by id. Of a sample committed in several units the first one counts, for every reader alike.
 
-    Oldest is by the record's `created_at`, then by unit id: a later commit never takes over what was there before.
+    First are the units of the index, in its order, which no later generation changes; then those that it does not
+    cover, by the record's `created_at` and unit id. So a later commit never takes over what an index holds.
     """
 
-    def __init__(
-        self, records: Sequence[ManifestRecord], sample_ids: Sequence[UInt8Array], positions: Sequence[int]
-    ) -> None:
-        """Build from the units' records, oldest first, their sample ids and their numbers of supervised positions."""
-        self.records = list(records)
-        self.positions: Int64Array = np.asarray(positions, dtype=np.int64)
-        lengths = [len(ids) for ids in sample_ids]
-        ids = np.concatenate([*sample_ids, np.zeros((0, ID_BYTES), dtype=np.uint8)])
+    def __init__(self, index: Index) -> None:
+        """Build from all units in the order in which duplicates are resolved."""
+        self.records = index.records
+        self.positions = index.positions
+        self.num_uncovered = 0
+        """Units that the store's index does not cover: each cost some requests of its own."""
+        ids = index.sample_ids
+        lengths = np.asarray([record.rows for record in index.records], dtype=np.int64)
         unit = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        row = np.concatenate([*(np.arange(length, dtype=np.int32) for length in lengths), np.zeros(0, dtype=np.int32)])
+        row = (np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)).astype(np.int32)
         high, low = _halves(ids)
         order = np.lexsort((low, high))  # stable: the oldest of equal ids comes first
         high, low = high[order], low[order]
@@ -50,10 +54,12 @@ class Catalog:
         """All samples, each once, in order of unit and row; uint8 [N, 16]."""
 
     @classmethod
-    def build(cls, store: Store, records: Sequence[ManifestRecord]) -> Self:
-        """Read the id column of every unit."""
-        parts = each(store, lambda record: read_sample_ids(store, record), list(records))
-        return cls(records, [ids for ids, _ in parts], [positions for _, positions in parts])
+    def open(cls, store: Store, info: DatasetInfo) -> Self:
+        """Read what is committed now: the newest index, and record and id column of each unit that it lacks."""
+        index, uncovered = read_uncovered(store, info)
+        catalog = cls(with_units(store, index, uncovered))
+        catalog.num_uncovered = len(uncovered)
+        return catalog
 
     def __len__(self) -> int:
         return len(self._high)
@@ -77,3 +83,9 @@ class Catalog:
 def _halves(ids: UInt8Array) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     pairs = ids.view(">u8").astype(np.uint64)
     return pairs[:, 0], pairs[:, 1]
+
+
+def with_units(store: Store, index: Index, records: Sequence[ManifestRecord]) -> Index:
+    """Return an index extended by units, whose id columns are read and checked against their records."""
+    parts = each(store, lambda record: read_sample_ids(store, record), list(records))
+    return index.extended(records, [ids for ids, _ in parts], [positions for _, positions in parts])

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 from storage.errors import InputError, IntegrityError
 from storage.identity import DatasetIdentity, canonical_json
 from storage.object_store import Store
-from storage.settings import Settings
+from storage.settings import Settings, added
 
 RELEASE = "0.2.0"
 """This release, as written into datasets; equal to the version in pyproject.toml."""
@@ -36,6 +36,11 @@ class DatasetInfo(Settings):
     identity: DatasetIdentity
     tokenizer: TokenizerFacts
     created_by: str = f"lectern {RELEASE}"
+    """Release that gave it its schema version."""
+    upgraded_from: int | None = added(None)
+    """Schema version that it was made with, where a later release raised it."""
+    least_generation: int = added(0)
+    """The index has at least this generation: manifests that it covers were swept. 0: no manifest was."""
     checksum: str = ""
     """Hex BLAKE2b over the other fields."""
 
@@ -43,7 +48,11 @@ class DatasetInfo(Settings):
     def of(cls, identity: DatasetIdentity, padded_vocab_size: int) -> Self:
         """Describe a new dataset."""
         facts = TokenizerFacts(vocab_size=identity.tokenizer.vocab_size, padded_vocab_size=padded_vocab_size)
-        info = cls(fingerprint=identity.fingerprint, identity=identity, tokenizer=facts)
+        return cls(fingerprint=identity.fingerprint, identity=identity, tokenizer=facts).changed()
+
+    def changed(self, **fields: Any) -> Self:
+        """Return this with other values of some fields, as this release writes it."""
+        info = self.model_copy(update=fields)
         return info.model_copy(update={"checksum": info.computed_checksum()})
 
     def computed_checksum(self) -> str:
@@ -54,6 +63,23 @@ class DatasetInfo(Settings):
     def to_json(self) -> bytes:
         """Return the file's bytes."""
         return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def upgrade_info(store: Store, info: DatasetInfo, least_generation: int = 0) -> DatasetInfo:
+    """Raise a dataset to the schema version and index generation that it needs from now on; return its description.
+
+    The file is replaced in one step. Rows, records and the fingerprint stay as they are.
+    """
+    needed = info.schema_version < SCHEMA_VERSION or info.least_generation < least_generation
+    if needed:
+        info = info.changed(
+            schema_version=SCHEMA_VERSION,
+            upgraded_from=info.upgraded_from or (info.schema_version if info.schema_version < SCHEMA_VERSION else None),
+            created_by=f"lectern {RELEASE}",
+            least_generation=max(info.least_generation, least_generation),
+        )
+        store.write(INFO_KEY, info.to_json())
+    return info
 
 
 def read_info(store: Store) -> DatasetInfo:

@@ -106,15 +106,16 @@ def ids_digest(sample_ids: UInt8Array) -> str:
     return blake2b(sample_ids.tobytes(), digest_size=16, person=b"lectern.rows").hexdigest()
 
 
-def read_manifests(store: Store, fingerprint: str) -> list[ManifestRecord]:
-    """Return all records, checked, oldest first: the order in which duplicates are resolved."""
-    keys = manifest_keys(store)
-    records = each(store, lambda key: read_manifest(store, key, fingerprint), keys)
-    return sorted(records, key=lambda record: (record.created_at, record.unit))
+def unit_of(key: str) -> str:
+    """Return the unit whose record `manifest/<unit>.json` is."""
+    return key.removeprefix(MANIFEST_PREFIX).removesuffix(".json")
 
 
 def manifest_keys(store: Store) -> list[str]:
-    """Return the keys of all records. Hidden files, which desktops and consoles leave, are passed over."""
+    """Return the keys of all manifests, also of units that an index covers.
+
+    Hidden files, which desktops and consoles leave, are passed over.
+    """
     return [key for key in store.list(MANIFEST_PREFIX) if not key.rpartition("/")[2].startswith(".")]
 
 

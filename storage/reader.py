@@ -13,7 +13,6 @@ from storage.catalog import Catalog, SampleIds, id_array
 from storage.errors import InputError
 from storage.identity import DatasetIdentity, require_same
 from storage.info import DatasetInfo, read_info
-from storage.manifest import ManifestRecord, read_manifests
 from storage.object_store import Store
 from storage.samples import Int64Array, SampleBatch
 from storage.shard import Shard, read_shard
@@ -37,14 +36,14 @@ class Dataset:
     """A dataset as it was when opened. Thread-safe; build a new one in each process from its URL."""
 
     def __init__(
-        self, store: Store, info: DatasetInfo, records: list[ManifestRecord], verify_hashes: bool, memory_bytes: int
+        self, store: Store, info: DatasetInfo, catalog: Catalog, verify_hashes: bool, memory_bytes: int
     ) -> None:
         self.store = store
         self.info = info
-        self.manifests = records
-        """Records of all committed units, oldest first."""
-        self.catalog = Catalog.build(store, records)
-        self._shards = _ShardCache(lambda unit: read_shard(store, records[unit], verify_hashes), memory_bytes)
+        self.catalog = catalog
+        self.manifests = catalog.records
+        """Records of all committed units, in the order in which duplicates are resolved."""
+        self._shards = _ShardCache(lambda unit: read_shard(store, self.manifests[unit], verify_hashes), memory_bytes)
 
     @classmethod
     def open(
@@ -63,7 +62,7 @@ class Dataset:
         info = read_info(store)
         if expected is not None:
             require_same(expected, info.identity, store.shown())
-        return cls(store, info, read_manifests(store, info.fingerprint), verify_hashes, memory_bytes)
+        return cls(store, info, Catalog.open(store, info), verify_hashes, memory_bytes)
 
     @property
     def identity(self) -> DatasetIdentity:

@@ -52,8 +52,8 @@ def read_sample_ids(store: Store, record: ManifestRecord) -> tuple[UInt8Array, i
 def damaged(store: Store, record: ManifestRecord, why: str) -> IntegrityError:
     """Return the error for a data file that cannot be used."""
     return IntegrityError(
-        f"{store.shown(record.data_key)} cannot be used: {why}; delete {store.shown(record.key)} and run the capture "
-        "again: only the samples of this unit are scored again"
+        f"{store.shown(record.data_key)} cannot be used: {why}; drop unit {record.unit} with `lectern verify "
+        "--repair` and run the capture again: only its samples are scored again"
     )
 
 

@@ -8,7 +8,7 @@ from storage.codecs import plain
 from storage.errors import LecternError, StorageError
 from storage.identity import DatasetIdentity, require_same
 from storage.info import INFO_KEY, DatasetInfo, read_info
-from storage.manifest import MANIFEST_PREFIX, ManifestRecord, ids_digest, read_manifest
+from storage.manifest import MANIFEST_PREFIX, ManifestRecord, ids_digest, parse_manifest, read_manifest
 from storage.object_store import Store
 from storage.samples import SampleBatch
 from storage.schema import to_parquet
@@ -61,9 +61,11 @@ class DatasetWriter:
     def committed(self, unit_id: str) -> Receipt | None:
         """Return what is committed under a unit's name, or None."""
         key = f"{MANIFEST_PREFIX}{unit_id}.json"
-        if not self.store.exists(key):
+        # Reading costs one request; asking an object store whether a key exists costs two, a slow listing among them.
+        raw = self.store.read_if_exists(key)
+        if raw is None:
             return None
-        return _receipt(read_manifest(self.store, key, self.info.fingerprint), committed=False)
+        return _receipt(parse_manifest(raw, key, self.info.fingerprint, self.store), committed=False)
 
     def commit(self, unit_id: str, samples: SampleBatch, targets: TargetBatch, attempt: str | int) -> Receipt:
         """Store a unit unless it is stored already.

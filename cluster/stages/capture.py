@@ -9,7 +9,10 @@ from cluster.figures import count
 from cluster.progress import Shown
 from cluster.selection import capture_rows
 from cluster.workspace import Workspace
+from storage.compaction import compact_if_due
 from storage.errors import WorkerError
+from storage.info import read_info
+from storage.object_store import Store
 from storage.reader import Dataset
 from storage.samples import Int64Array
 
@@ -33,6 +36,8 @@ def capture(work: Workspace) -> dict[str, Any]:
         if len(missing_rows(work, rows)):
             result = _score(work, rows, task)
             failed = result["last"]["failed_units"]
+        if len(rows):
+            _compact(work)
         outcome.skipped = not result["scored_samples"]
         outcome.facts = {key: result[key] for key in ("scored_samples", "reused_samples")}
         task.note(f"{count(result['scored_samples'])} samples scored, {count(result['reused_samples'])} reused")
@@ -50,6 +55,14 @@ def missing_rows(work: Workspace, rows: Int64Array) -> Int64Array:
     if check_dataset(work.config, work.tokenizer, work.identity) is None:
         return rows
     return rows[open_dataset(work).missing(work.samples.ids(rows))]
+
+
+def _compact(work: Workspace) -> None:
+    """Fold what was committed into one index when enough of it lies in manifests of its own."""
+    store = Store(work.config.cache.url)
+    report = compact_if_due(store, read_info(store))
+    if report is not None:
+        work.run.event("compacted", **asdict(report))
 
 
 def open_dataset(work: Workspace) -> Dataset:

@@ -6,15 +6,19 @@ import os
 import random
 import resource
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fsspec.implementations.memory import MemoryFileSystem
 
+from storage.object_store import Store
+
 NOBODY = 65_534
+T = TypeVar("T")
 
 
 class FlakyFileSystem(MemoryFileSystem):
@@ -136,3 +140,52 @@ class FaultyProxy:
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing in the code catches it."""
+
+
+class SteppedStore(Store):
+    """A store whose process ends at the n-th change it makes, right before it or right after; 0 = never."""
+
+    def __init__(self, url: str | Path, step: int = 0, after: bool = False) -> None:
+        super().__init__(url)
+        self.steps = 0
+        self._last, self._after = step, after
+
+    def write(self, key: str, data: bytes) -> None:
+        """Count, and end here if it is time."""
+        self._step(lambda: super(SteppedStore, self).write(key, data))
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Count, and end here if it is time."""
+        return self._step(lambda: super(SteppedStore, self).create(key, data))
+
+    def delete(self, key: str) -> None:
+        """Count, and end here if it is time."""
+        self._step(lambda: super(SteppedStore, self).delete(key))
+
+    def _step(self, change: Callable[[], T]) -> T:
+        self.steps += 1
+        if self.steps == self._last and not self._after:
+            raise Killed
+        result = change()
+        if self.steps == self._last:
+            raise Killed
+        return result
+
+
+class CountingStore(Store):
+    """A store that counts its requests by kind."""
+
+    def __init__(self, url: str | Path) -> None:
+        super().__init__(url)
+        self.requests: Counter[str] = Counter()
+        self.bytes = 0
+
+    def _retry(self, action: str, key: str, operation: Callable[[], T]) -> T:
+        self.requests[action] += 1
+        result = super()._retry(action, key, operation)
+        self.bytes += len(result) if isinstance(result, bytes) else 0
+        return result

@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.catalog import Catalog
+from storage.committed import read_records
 from storage.errors import InputError, IntegrityError
 from storage.identity import DatasetIdentity
+from storage.index import Index
 from storage.info import RELEASE, read_info
-from storage.manifest import ManifestRecord, read_manifests
+from storage.manifest import ManifestRecord
 from storage.object_store import Store
 from storage.reader import Dataset
 from storage.shard import read_shard
@@ -127,7 +129,7 @@ def test_record_of_another_dataset_is_refused(dataset: Path, make_identity: Make
     ],
 )
 def test_record_out_of_step_with_its_file_is_refused(dataset: Path, changes: dict[str, Any], message: str) -> None:
-    found = read_manifests(Store(dataset), read_info(Store(dataset)).fingerprint)[0]
+    found = read_records(Store(dataset), read_info(Store(dataset)))[0]
     fields = {"unit": "u0", "attempt": "b", "size_bytes": found.bytes, "sha256": found.sha256, "rows": found.rows}
     fields |= {"tokens": found.tokens, "digest": found.sample_ids_digest, "fingerprint": found.fingerprint}
     forged = ManifestRecord.seal(**fields | changes)
@@ -195,10 +197,10 @@ def test_missing_dataset_is_told(tmp_path: Path) -> None:
         Dataset.open(str(tmp_path / "nowhere"))
 
 
-def _bare_record(unit: str, created_at: str) -> ManifestRecord:
+def _bare_record(unit: str, rows: int) -> ManifestRecord:
     fields = {"unit": unit, "attempt": "a", "size_bytes": 1, "rows": 1, "tokens": 2}
     fields |= {"digest": "0" * 32, "fingerprint": "f", "sha256": "0" * 64}
-    return ManifestRecord.seal(**fields).model_copy(update={"created_at": created_at})  # type: ignore[arg-type]
+    return ManifestRecord.seal(**fields).model_copy(update={"rows": rows})  # type: ignore[arg-type]
 
 
 # Few distinct bytes make equal halves of different ids, which hashes hardly ever have.
@@ -208,8 +210,9 @@ ids_strategy = st.lists(st.lists(st.sampled_from([b"\0", b"\1", b"\xff"]), min_s
 @given(units=st.lists(ids_strategy, max_size=5))
 def test_catalog_finds_the_first_of_equal_ids(units: list[list[list[bytes]]]) -> None:
     ids = [[high * 8 + low * 8 for high, low in unit] for unit in units]
-    arrays = [np.frombuffer(b"".join(unit), dtype=np.uint8).reshape(-1, 16) for unit in ids]
-    catalog = Catalog([_bare_record(f"u{n}", "") for n in range(len(units))], arrays, [0] * len(units))
+    flat = np.frombuffer(b"".join(b"".join(unit) for unit in ids), dtype=np.uint8).reshape(-1, 16)
+    records = [_bare_record(f"u{n}", len(unit)) for n, unit in enumerate(units)]
+    catalog = Catalog(Index(records, np.zeros(len(units), dtype=np.int64), flat))
     expected: dict[bytes, tuple[int, int]] = {}
     for n, unit in enumerate(ids):
         for row, sample_id in enumerate(unit):
@@ -225,5 +228,5 @@ def test_catalog_finds_the_first_of_equal_ids(units: list[list[list[bytes]]]) ->
 def test_records_are_sorted_oldest_first(dataset: Path, make_identity: MakeIdentity, make_unit: Any) -> None:
     identity = make_identity()
     DatasetWriter.open(str(dataset), identity).commit("a-later-unit", *make_unit(identity, seed=9), attempt="a")
-    records = read_manifests(Store(dataset), identity.fingerprint)
+    records = read_records(Store(dataset), read_info(Store(dataset)))
     assert [record.unit for record in records] == ["u0", "u1", "a-later-unit"]

@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 from storage_faults import FaultyProxy, FlakyFileSystem, as_ordinary_user, full_disk
 
+from storage.catalog import Catalog
 from storage.errors import IdentityError, InputError, IntegrityError, StorageError
 from storage.identity import DatasetIdentity
+from storage.info import read_info
 from storage.object_store import Store
 from storage.reader import Dataset
 from storage.samples import SampleBatch
@@ -188,7 +190,7 @@ def test_memory_is_bounded_and_threads_read_a_shard_once(
             small.read(unit[0].ids())
             still_there += 1
         except IntegrityError as error:
-            assert "it is missing; delete" in str(error)
+            assert "it is missing; drop unit" in str(error)
     assert still_there <= 1
 
 
@@ -213,8 +215,7 @@ def test_damaged_shard_is_refused_with_key_and_remedy(
     with pytest.raises(IntegrityError) as caught:
         dataset.read(units[0][0].ids())
     assert first in str(caught.value)
-    assert "delete" in str(caught.value)
-    assert "manifest/u0.json and run the capture again" in str(caught.value)
+    assert "drop unit u0 with `lectern verify --repair` and run the capture again" in str(caught.value)
     dataset.read(units[1][0].ids())
 
 
@@ -291,7 +292,7 @@ def test_commit_without_an_answer_leaves_its_data(
     unit = make_unit(identity)
     writer = DatasetWriter.create(url, identity)
     for fault, committed in (("before", 0), ("after", 1)):
-        FlakyFileSystem.calls, FlakyFileSystem.faults = 0, {2: fault}
+        FlakyFileSystem.calls, FlakyFileSystem.faults = 0, {3: fault}
         with pytest.raises(StorageError, match="got lost"):
             writer.commit("u", *unit, attempt=1)
         assert len(Dataset.open(url).manifests) == committed
@@ -404,10 +405,7 @@ def test_catalog_reads_little_of_each_shard(s3_url: str, make_identity: MakeIden
             asked.append(end - start)
             return super().read_range(key, start, end)
 
-    from storage.catalog import Catalog
-    from storage.manifest import read_manifests
-
-    catalog = Catalog.build(Counting(s3_url), read_manifests(Store(s3_url), identity.fingerprint))
+    catalog = Catalog.open(Counting(s3_url), read_info(Store(s3_url)))
     assert len(catalog) == 30
     assert receipt.bytes > 500_000
     assert len(asked) <= 3
