@@ -162,6 +162,24 @@ def ledger(
 
 
 @app.command()
+def gc(
+    target: Target,
+    set_: Set = None,
+    run_dir: RunDirectory = None,
+    as_json: Json = False,
+    debug: Debug = False,
+    older_than: Annotated[
+        str, typer.Option("--older-than", metavar="AGE", help="Leave alone what is younger, e.g. 90m, 24h, 7d.")
+    ] = "24h",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")] = False,
+) -> None:
+    """Removes what interrupted attempts and compaction left behind; nothing that belongs to the dataset."""
+    from cluster import maintenance
+
+    _run(lambda out: maintenance.gc(out, target, set_ or [], run_dir, older_than, dry_run), as_json, debug)
+
+
+@app.command()
 def report(
     target: Target, set_: Set = None, run_dir: RunDirectory = None, as_json: Json = False, debug: Debug = False
 ) -> None:

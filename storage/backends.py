@@ -7,6 +7,9 @@ import contextlib
 import errno
 import os
 import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +17,18 @@ TEMPORARY_PREFIX = ".tmp-"
 """Names of half-written local files; never listed, safe to delete when no writer runs."""
 
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One object, or an upload that was begun: what a clean-up needs to know of it."""
+
+    key: str
+    bytes: int
+    modified: float | None
+    """When it was written, or begun, by the store's clock in seconds since 1970; None where the store does not tell."""
+    upload: str | None = None
+    """Id of an unfinished upload in parts; its bytes are unknown and count as 0."""
 
 
 class Backend(Protocol):
@@ -31,11 +46,17 @@ class Backend(Protocol):
     def list(self, prefix: str) -> list[str]:
         """Return all keys that start with `prefix`, in any order."""
 
-    def size(self, key: str) -> int:
-        """Return the bytes of an object."""
+    def stat(self, key: str) -> Stored:
+        """Look an object up."""
+
+    def scan(self) -> Iterable[Stored]:
+        """Return everything below the root, unfinished local files and uploads included."""
 
     def delete(self, key: str) -> None:
         """Remove an object; a missing one is no error."""
+
+    def abort(self, key: str, upload: str) -> None:
+        """Give up an unfinished upload and free its parts."""
 
 
 class LocalBackend:
@@ -90,13 +111,27 @@ class LocalBackend:
             keys += [start + name for name in names if not name.startswith(TEMPORARY_PREFIX)]
         return [key for key in keys if key.startswith(prefix)]
 
-    def size(self, key: str) -> int:
-        """Return the bytes of a file."""
-        return (self.root / key).stat().st_size
+    def stat(self, key: str) -> Stored:
+        """Look a file up."""
+        found = (self.root / key).stat()
+        return Stored(key, found.st_size, found.st_mtime)
+
+    def scan(self) -> Iterable[Stored]:
+        """Walk the whole folder."""
+        found = []
+        for folder, _, names in os.walk(self.root):
+            for name in names:
+                # A file may go while others are looked at.
+                with contextlib.suppress(FileNotFoundError):
+                    found.append(self.stat((Path(folder) / name).relative_to(self.root).as_posix()))
+        return found
 
     def delete(self, key: str) -> None:
         """Unlink a file."""
         (self.root / key).unlink(missing_ok=True)
+
+    def abort(self, key: str, upload: str) -> None:
+        """Do nothing: a folder has temporary files, not uploads."""
 
 
 class RemoteBackend:
@@ -135,20 +170,54 @@ class RemoteBackend:
             if error_code(error) == "NoSuchBucket":
                 raise
             return []
-        base = len(str(self.filesystem._strip_protocol(self.root))) + 1
-        return [key for key in (str(path)[base:] for path in found) if key.startswith(prefix)]
+        return [key for key in (self._key(path) for path in found) if key.startswith(prefix)]
 
-    def size(self, key: str) -> int:
-        """Ask for an object's size."""
-        return int(self.filesystem.info(self._path(key))["size"])
+    def stat(self, key: str) -> Stored:
+        """Ask about an object."""
+        info = self.filesystem.info(self._path(key))
+        return Stored(key, int(info["size"]), _modified(info))
+
+    def scan(self) -> Iterable[Stored]:
+        """List everything below the root, and on S3 the uploads in parts that were begun."""
+        try:
+            found = self.filesystem.find(self.root, detail=True)
+        except FileNotFoundError as error:
+            if error_code(error) == "NoSuchBucket":
+                raise
+            found = {}
+        objects = [Stored(self._key(path), int(info["size"] or 0), _modified(info)) for path, info in found.items()]
+        return [*objects, *self._uploads()]
 
     def delete(self, key: str) -> None:
         """Remove an object."""
         with contextlib.suppress(FileNotFoundError):
             self.filesystem.rm_file(self._path(key))
 
+    def abort(self, key: str, upload: str) -> None:
+        """Give up an upload in parts; one that is gone is no error."""
+        bucket, _, name = self._path(key).partition("/")
+        with contextlib.suppress(FileNotFoundError):
+            self.filesystem.call_s3("abort_multipart_upload", Bucket=bucket, Key=name, UploadId=upload)
+
+    def _uploads(self) -> Iterator[Stored]:
+        if "s3" not in self.filesystem.protocol:
+            return
+        bucket, _, prefix = self.root.partition("/")
+        page: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""}
+        while True:
+            reply = self.filesystem.call_s3("list_multipart_uploads", **page)
+            for upload in reply.get("Uploads") or []:
+                key = self._key(f"{bucket}/{upload['Key']}")
+                yield Stored(key, 0, upload["Initiated"].timestamp(), upload["UploadId"])
+            if not reply.get("IsTruncated"):
+                return
+            page |= {"KeyMarker": reply["NextKeyMarker"], "UploadIdMarker": reply["NextUploadIdMarker"]}
+
     def _path(self, key: str) -> str:
         return f"{self.root}/{key}"
+
+    def _key(self, path: Any) -> str:
+        return str(path)[len(str(self.filesystem._strip_protocol(self.root))) + 1 :]
 
 
 def error_code(error: BaseException | None) -> str:
@@ -188,3 +257,17 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _modified(info: Mapping[str, Any]) -> float | None:
+    """Return when an object was written, from what a filesystem calls it; None rather than a guess."""
+    for name in ("LastModified", "last_modified", "mtime", "updated", "created"):
+        value = info.get(name)
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = datetime.fromisoformat(value)
+        if isinstance(value, datetime):
+            return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+        if isinstance(value, int | float):
+            return float(value)
+    return None

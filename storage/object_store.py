@@ -8,12 +8,15 @@ from typing import Any, TypeVar
 import fsspec
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from storage.backends import Backend, LocalBackend, RemoteBackend
+from storage.backends import Backend, LocalBackend, RemoteBackend, Stored
 from storage.errors import InputError, IntegrityError, StorageError
 from storage.store_errors import explain, is_store_failure, is_transient, redact
 
 ATTEMPTS = 7
 """Tries of one request before its transient failure counts; the waits between them add up to about 10 s."""
+
+PROBE_PREFIX = ".probe-"
+"""Names of the small objects that a store is tried with; a killed process may leave one."""
 
 T = TypeVar("T")
 
@@ -83,15 +86,40 @@ class Store:
 
     def size(self, key: str) -> int:
         """Return an object's bytes."""
-        return self._call("look up", key, lambda: self._backend.size(key))
+        return self._call("look up", key, lambda: self._backend.stat(key)).bytes
 
     def exists(self, key: str) -> bool:
         """Tell whether there is such an object."""
-        return self._optional("look up", key, lambda: self._backend.size(key)) is not None
+        return self._optional("look up", key, lambda: self._backend.stat(key)) is not None
 
     def delete(self, key: str) -> None:
         """Remove an object; a missing one is no error."""
         self._call("delete", key, lambda: self._backend.delete(key))
+
+    def scan(self) -> tuple[Stored, ...]:
+        """Return everything below this store, unfinished local files and uploads included."""
+        return self._call("list", "", lambda: tuple(self._backend.scan()))
+
+    def modified(self, key: str) -> float | None:
+        """Return when an object was written by the store's clock, in seconds since 1970; None where it is missing."""
+        found = self._optional("look up", key, lambda: self._backend.stat(key))
+        return found.modified if found is not None else None
+
+    def now(self) -> float:
+        """Return the time of the store's own clock, by writing a small object and looking when it was written."""
+        key = f"{PROBE_PREFIX}{uuid.uuid4().hex}"
+        self.write(key, b"clock")
+        try:
+            written = self.modified(key)
+        finally:
+            self.delete(key)
+        if written is None:
+            raise StorageError(f"{self.shown()} does not tell when an object was written, so no age can be known")
+        return written
+
+    def abort(self, key: str, upload: str) -> None:
+        """Give up an unfinished upload to a key."""
+        self._call("delete", key, lambda: self._backend.abort(key, upload))
 
     def probe(self) -> bool:
         """Check by doing that objects can be created, read and deleted here.
@@ -99,7 +127,7 @@ class Store:
         Returns whether conditional creates are honoured: some S3 look-alikes ignore the condition, and then only
         one process may write at a time. Raises InputError when the store cannot be used: nothing was spent yet.
         """
-        key = f".probe-{uuid.uuid4().hex}"
+        key = f"{PROBE_PREFIX}{uuid.uuid4().hex}"
         try:
             self.create(key, b"probe")
             created_again = self.create(key, b"probe")

@@ -42,7 +42,7 @@ def check_one_message(ended: Ended, code: int, *parts: str) -> None:
 def test_help_names_every_command_and_imports_nothing_heavy(lectern: Lectern) -> None:
     ended = lectern("--help")
     assert ended.code == 0
-    for command in ("plan", "capture", "train", "evaluate", "run", "inspect", "verify", "compact", "report"):
+    for command in ("plan", "capture", "train", "evaluate", "run", "inspect", "verify", "compact", "gc", "report"):
         assert command in ended.out
 
 
