@@ -174,7 +174,7 @@ def _missing(
 ) -> tuple[Int64Array, Dataset | None]:
     if check_dataset(config, tokenizer, identity) is None:
         return rows, None
-    dataset = Dataset.open(config.cache.url, verify_hashes=False)
+    dataset = Dataset.open(config.cache.url)
     if identity is None:
         return rows, dataset
     return rows[dataset.missing(samples.ids(rows))], dataset

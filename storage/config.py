@@ -100,4 +100,11 @@ class CacheConfig(Settings):
     unit_tokens: int = Field(default=65_536, ge=1)
     """Tokens scored and committed together; one data file each."""
     verify_hashes: bool = True
-    """Check each data file's SHA-256 when it is read."""
+    """Check each data file's SHA-256 the first time that a process reads it."""
+    read_memory_bytes: int = Field(default=1 << 30, ge=1)
+    """Memory of each process for decoded data files and batches read ahead."""
+    read_disk_bytes: int = Field(default=20 << 30, ge=0)
+    """Local disk for decoded data files, all processes together: those of a remote dataset, and those of a local one
+    that memory cannot hold; 0 keeps none."""
+    read_disk_folder: str | None = None
+    """Where they are kept; none means `shards` in `$LECTERN_CACHE` or `~/.cache/lectern`. Safe to delete."""

@@ -1,22 +1,31 @@
 """Opens a dataset and reads samples with their targets by id, in any order, in bounded memory."""
 
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from threading import Lock
 from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from storage.catalog import Catalog, SampleIds, id_array
 from storage.errors import InputError
 from storage.identity import DatasetIdentity, require_same
 from storage.info import DatasetInfo, read_info
 from storage.object_store import Store
-from storage.samples import Int64Array, SampleBatch
-from storage.shard import Shard, read_shard
-from storage.targets import TargetBatch
+from storage.open_shard import OpenShard, Run, Shard, join, runs_of
+from storage.read_ahead import read_ahead
+from storage.samples import Int64Array
+from storage.shard_cache import ShardCache
+from storage.shard_source import DEFAULT_READING, Reading, ShardSource
+
+LOCAL_THREADS = 2
+REMOTE_THREADS = 8
+"""Shards that are read side by side, memory permitting."""
 
 
 @dataclass(frozen=True)
@@ -35,34 +44,31 @@ class Totals:
 class Dataset:
     """A dataset as it was when opened. Thread-safe; build a new one in each process from its URL."""
 
-    def __init__(
-        self, store: Store, info: DatasetInfo, catalog: Catalog, verify_hashes: bool, memory_bytes: int
-    ) -> None:
+    def __init__(self, store: Store, info: DatasetInfo, catalog: Catalog, reading: Reading = DEFAULT_READING) -> None:
         self.store = store
         self.info = info
         self.catalog = catalog
         self.manifests = catalog.records
         """Records of all committed units, in the order in which duplicates are resolved."""
-        self._shards = _ShardCache(lambda unit: read_shard(store, self.manifests[unit], verify_hashes), memory_bytes)
+        self.reading = reading
+        source = ShardSource(store, self.manifests, info.identity, reading)
+        self._shards = ShardCache(source.load, source.expected_bytes, reading.memory_bytes)
+        self._threads = LOCAL_THREADS if store.is_local else REMOTE_THREADS
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = Lock()
 
     @classmethod
-    def open(
-        cls,
-        url: str,
-        expected: DatasetIdentity | None = None,
-        verify_hashes: bool = True,
-        memory_bytes: int = 1 << 30,
-    ) -> Self:
+    def open(cls, url: str, expected: DatasetIdentity | None = None, reading: Reading = DEFAULT_READING) -> Self:
         """Open what is committed at `url` now.
 
-        `memory_bytes` bounds the decoded shards that are kept; one is always kept. Raises InputError when there is
-        no dataset, IdentityError when it is not the expected one, IntegrityError when a record or shard is damaged.
+        Raises InputError when there is no dataset, IdentityError when it is not the expected one, IntegrityError when
+        a record or shard is damaged.
         """
         store = Store(url)
         info = read_info(store)
         if expected is not None:
             require_same(expected, info.identity, store.shown())
-        return cls(store, info, Catalog.open(store, info), verify_hashes, memory_bytes)
+        return cls(store, info, Catalog.open(store, info), reading)
 
     @property
     def identity(self) -> DatasetIdentity:
@@ -84,33 +90,49 @@ class Dataset:
             )
         if len(units) == 0:
             raise InputError("no samples were asked for; name at least one sample id")
-        parts, asked = [], []
-        for unit in dict.fromkeys(units.tolist()):
-            where = np.flatnonzero(units == unit)
-            samples, targets = self._shards.get(unit)
-            picked = rows[where].tolist()
-            parts.append((samples.take(picked), targets.take(picked)))
-            asked.append(where)
-        if len(parts) == 1:
-            return parts[0]
-        order = np.argsort(np.concatenate(asked), kind="stable").tolist()
-        samples = SampleBatch.concat([part[0] for part in parts])
-        targets = TargetBatch.concat([part[1] for part in parts])
-        return samples.take(order), targets.take(order)
+        return join(self._runs(units, rows))
 
-    def iterate(self, batches: Sequence[SampleIds], read_ahead: int = 2) -> Iterator[Shard]:
-        """Yield `read` of each list of ids, in order, while a thread reads up to `read_ahead` batches before."""
-        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lectern-read")
-        ahead: deque[Future[Shard]] = deque()
-        try:
-            for batch in batches:
-                ahead.append(pool.submit(self.read, batch))
-                if len(ahead) > read_ahead:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    def iterate(self, batches: Iterable[SampleIds]) -> Iterator[Shard]:
+        """Yield `read` of each list of ids, in order, reading ahead within half of the memory that may be used."""
+        return read_ahead(self.read, batches, self._threads, self.reading.memory_bytes // 2)
+
+    def _runs(self, units: NDArray[np.int32], rows: NDArray[np.int32]) -> list[Run]:
+        """Return the asked rows in order."""
+        wanted = runs_of(units, rows)
+        of_unit: dict[int, list[int]] = {}
+        for n, (unit, _, _) in enumerate(wanted):
+            of_unit.setdefault(unit, []).append(n)
+        runs: dict[int, Run] = {}
+        uncopied: list[int] = []
+        held_bytes = 0
+        for shard, asked in zip(self._arriving(list(of_unit)), of_unit.values(), strict=True):
+            runs |= {n: Run(shard, wanted[n][1], wanted[n][2]) for n in asked}
+            uncopied += asked
+            held_bytes += shard.num_bytes
+            if held_bytes > self.reading.memory_bytes // 4:
+                # A run keeps its whole shard in memory, whatever the cache lets go.
+                runs |= {n: runs[n].copied() for n in uncopied}
+                uncopied, held_bytes = [], 0
+        return [runs[n] for n in range(len(wanted))]
+
+    def _arriving(self, units: list[int]) -> Iterator[OpenShard]:
+        """Yield the shards in order; those that are not in memory are read side by side."""
+        if sum(not self._shards.holds(unit) for unit in units) < 2:
+            yield from map(self._shards.get, units)
+            return
+        pool = self._loaders()
+        left = iter(units)
+        ahead = deque(pool.submit(self._shards.get, unit) for unit in islice(left, self._threads))
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(pool.submit(self._shards.get, unit) for unit in islice(left, 1))
+
+    def _loaders(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="lectern-load")
+                weakref.finalize(self, self._pool.shutdown, wait=False)
+            return self._pool
 
     def totals(self) -> Totals:
         """Return the size of the dataset."""
@@ -123,51 +145,3 @@ class Dataset:
             bytes=size_bytes,
             bytes_per_token=size_bytes / supervised if supervised else 0.0,
         )
-
-
-class _ShardCache:
-    """Decoded shards, least recently used first, bounded by bytes; a shard asked for twice at once is read once."""
-
-    def __init__(self, load: Callable[[int], Shard], memory_bytes: int) -> None:
-        self._load = load
-        self._memory_bytes = memory_bytes
-        self._lock = Lock()
-        self._entries: OrderedDict[int, Future[Shard]] = OrderedDict()
-        self._sizes: dict[int, int] = {}
-
-    def get(self, unit: int) -> Shard:
-        """Return a shard, from memory or by loading it."""
-        with self._lock:
-            future = self._entries.get(unit)
-            mine = future is None
-            if future is None:
-                future = self._entries[unit] = Future()
-            self._entries.move_to_end(unit)
-        if mine:
-            self._fill(unit, future)
-        return future.result()
-
-    def _fill(self, unit: int, future: "Future[Shard]") -> None:
-        try:
-            shard = self._load(unit)
-        except BaseException as error:
-            with self._lock:
-                del self._entries[unit]
-            future.set_exception(error)
-            return
-        with self._lock:
-            self._sizes[unit] = _num_bytes(shard)
-            self._evict(unit)
-        future.set_result(shard)
-
-    def _evict(self, newest: int) -> None:
-        for unit in [u for u in self._entries if u in self._sizes and u != newest]:
-            if sum(self._sizes.values()) <= self._memory_bytes:
-                return
-            del self._entries[unit], self._sizes[unit]
-
-
-def _num_bytes(shard: Shard) -> int:
-    samples, targets = shard
-    arrays = [*vars(samples).values(), *vars(targets).values(), *targets.hidden.values()]
-    return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))

@@ -4,7 +4,7 @@ Which columns there are follows from the dataset's identity; those that do not a
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -132,13 +132,19 @@ def to_parquet(table: pa.Table) -> bytes:
     return bytes(sink.getvalue().to_pybytes())
 
 
-def from_parquet(source: Any, columns: list[str] | None = None) -> pa.Table:
-    """Read a table from bytes or a seekable file, checking page checksums; IntegrityError where it is damaged."""
+def from_parquet(source: Any, unwanted: Callable[[str], bool] | None = None) -> pa.Table:
+    """Read a table from bytes or a seekable file, checking page checksums; IntegrityError where it is damaged.
+
+    Columns that are `unwanted` are not read; those that are lie side by side and are asked for together.
+    """
     try:
         with pq.ParquetFile(
-            pa.BufferReader(source) if isinstance(source, bytes) else source, page_checksum_verification=True
+            pa.BufferReader(source) if isinstance(source, bytes) else source,
+            page_checksum_verification=True,
+            pre_buffer=unwanted is not None,
         ) as file:
-            return file.read(columns=columns)
+            names = [name for name in file.schema_arrow.names if unwanted is None or not unwanted(name)]
+            return file.read(columns=names)
     except (pa.ArrowException, OSError) as error:
         raise IntegrityError(f"not a readable Parquet file: {error}") from error
 

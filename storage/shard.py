@@ -1,6 +1,6 @@
 """One committed data file: read, checked against its manifest record, decoded."""
 
-import io
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -8,24 +8,30 @@ from storage.codecs import plain
 from storage.errors import IntegrityError
 from storage.manifest import ManifestRecord, ids_digest
 from storage.object_store import Store
-from storage.samples import SampleBatch, UInt8Array
-from storage.schema import file_metadata, from_parquet
-from storage.targets import TargetBatch
+from storage.open_shard import Shard
+from storage.range_file import RangeFile
+from storage.samples import UInt8Array
+from storage.schema import ATTENTION_PREFIX, HIDDEN_PREFIX, file_metadata, from_parquet
 
-Shard = tuple[SampleBatch, TargetBatch]
 
-
-def read_shard(store: Store, record: ManifestRecord, verify_hash: bool = True) -> Shard:
+def read_shard(
+    store: Store, record: ManifestRecord, verify_hash: bool = True, layers: Sequence[str] | None = None
+) -> Shard:
     """Return the samples and targets of a unit.
+
+    With `layers`, only these layers' hidden states and attention come with it and the others are not fetched; the
+    SHA-256 of the file cannot be checked then, its page checksums are.
 
     Raises IntegrityError, naming the key and the remedy, when the file is missing, truncated, altered, another
     unit's, or out of step with its record. A remote file that arrives damaged is asked for once more.
     """
-    raw = _read_checked(store, record, verify_hash)
+    raw = (
+        _read_checked(store, record, verify_hash) if layers is None else RangeFile(store, record.data_key, record.bytes)
+    )
     try:
-        table = from_parquet(raw)
+        table = from_parquet(raw, unwanted=_unwanted(layers))
         _check_metadata(table, record)
-        shard = plain.decode(table)
+        shard = plain.decode(table, layers)
         _check_rows(shard[0].sample_id, record)
         if shard[0].num_tokens != record.tokens:
             raise IntegrityError(f"it holds {shard[0].num_tokens} tokens, its manifest says {record.tokens}")
@@ -40,13 +46,19 @@ def read_sample_ids(store: Store, record: ManifestRecord) -> tuple[UInt8Array, i
     The ids are checked against the record's digest; the rest of the file is not looked at.
     """
     try:
-        table = from_parquet(_RangeFile(store, record), columns=["sample_id"])
+        table = from_parquet(RangeFile(store, record.data_key, record.bytes), unwanted=lambda name: name != "sample_id")
         metadata = _check_metadata(table, record)
         ids = plain.read_ids(table)
         _check_rows(ids, record)
     except IntegrityError as error:
         raise damaged(store, record, str(error)) from error
     return ids, metadata.positions
+
+
+def _unwanted(layers: Sequence[str] | None) -> Callable[[str], bool]:
+    prefixes = (HIDDEN_PREFIX, ATTENTION_PREFIX)
+    kept = {prefix + layer for prefix in prefixes for layer in layers or ()}
+    return lambda name: layers is not None and name.startswith(prefixes) and name not in kept
 
 
 def damaged(store: Store, record: ManifestRecord, why: str) -> IntegrityError:
@@ -87,37 +99,3 @@ def _check_metadata(table: Any, record: ManifestRecord) -> Any:
 def _check_rows(sample_ids: UInt8Array, record: ManifestRecord) -> None:
     if len(sample_ids) != record.rows or ids_digest(sample_ids) != record.sample_ids_digest:
         raise IntegrityError(f"its {len(sample_ids)} sample ids are not the {record.rows} of its manifest")
-
-
-class _RangeFile(io.RawIOBase):
-    """A data file read in ranges, so that one column costs two small requests."""
-
-    def __init__(self, store: Store, record: ManifestRecord) -> None:
-        self._store, self._key, self._size, self._at = store, record.data_key, record.bytes, 0
-
-    def readable(self) -> bool:
-        """Tell that this can be read."""
-        return True
-
-    def seekable(self) -> bool:
-        """Tell that this can be sought."""
-        return True
-
-    def tell(self) -> int:
-        """Return the position."""
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move the position."""
-        self._at = offset + (0, self._at, self._size)[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill a buffer with one request."""
-        end = min(self._at + len(buffer), self._size)
-        if end <= self._at:
-            return 0
-        data = self._store.read_range(self._key, self._at, end)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)

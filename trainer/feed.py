@@ -73,7 +73,7 @@ def step_loader(
     """Return the function that reads and lays out a rank's part of a step."""
     capture = dataset.identity.capture
     kind = capture.kind
-    layers = tuple(train.loss.hidden_map) if train.loss.hidden > 0 else ()
+    layers = wanted_layers(train)
     part = rank_slice(train.global_batch_size, rank, world_size)
 
     def load(step: int) -> StepData:
@@ -85,6 +85,11 @@ def step_loader(
         return StepData(batches, samples.sample_id, int(samples.supervised.sum()), samples.num_tokens)
 
     return load
+
+
+def wanted_layers(train: TrainConfig) -> tuple[str, ...]:
+    """Return the dataset's layers whose hidden states the loss uses."""
+    return tuple(train.loss.hidden_map) if train.loss.hidden > 0 else ()
 
 
 def channel_variance(dataset: Dataset, ids: UInt8Array, layers: list[str]) -> dict[str, Tensor]:

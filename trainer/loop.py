@@ -20,6 +20,7 @@ from storage.identity import DatasetIdentity
 from storage.reader import Dataset
 from storage.sample_set import SampleSet
 from storage.samples import UInt8Array
+from storage.shard_source import Reading
 from trainer import checkpoint
 from trainer.config import CurriculumConfig, StudentConfig, TrainConfig
 from trainer.curriculum import planned_shares
@@ -47,7 +48,7 @@ class LoopSpec:
     samples_url: str
     run_dir: str
     device: Device
-    verify_hashes: bool
+    reading: Reading
     facts: dict[str, Any]
     """What the run depends on, kept in every checkpoint."""
     resume: str | None = None
@@ -102,7 +103,7 @@ class _Rank:
     def __init__(self, spec: LoopSpec, place: Place, stack: ExitStack) -> None:
         self.spec, self.place, self.train, self._stack = spec, place, spec.train, stack
         with _together():
-            self.dataset = Dataset.open(spec.dataset_url, spec.identity, spec.verify_hashes)
+            self.dataset = Dataset.open(spec.dataset_url, spec.identity, spec.reading)
             self.order = planned_order(SampleSet.open(spec.samples_url), spec.curriculum, self.train)
             module = self._build()
         self.engine = start_engine(module, self.train, place)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from storage.identity import DatasetIdentity
 from storage.object_store import Store
 from storage.reader import Dataset
 from storage.sample_set import SampleSet
+from storage.shard_source import DEFAULT_READING, Reading
 from trainer import checkpoint
 from trainer.config import CurriculumConfig, LossConfig, StudentConfig, TrainConfig
 from trainer.engine import Device
 from trainer.export import copy_tokenizer
+from trainer.feed import wanted_layers
 from trainer.loop import LoopSpec, planned_order
 from trainer.losses import SPARSE_LOSSES, ForwardKL, require_kind
 from trainer.metrics import Follower
@@ -46,7 +49,7 @@ def train_student(
     device: Device,
     on_event: Event,
     tokenizer_folder: str | Path,
-    verify_hashes: bool = True,
+    reading: Reading = DEFAULT_READING,
 ) -> TrainResult:
     """Train a student to the end and export it below `<run_dir>/<name>`.
 
@@ -66,7 +69,7 @@ def train_student(
         device: what the ranks run on.
         on_event: progress.
         tokenizer_folder: local folder whose tokenizer files are put beside the exported model.
-        verify_hashes: whether data files are checked when they are read.
+        reading: checks and memory of the ranks' readers; layers that the loss does not use are left unread.
 
     Raises:
         InputError: something does not fit together; nothing was trained.
@@ -95,7 +98,7 @@ def train_student(
         samples_url=Store(samples_url).url,
         run_dir=run_dir,
         device=device,
-        verify_hashes=verify_hashes,
+        reading=replace(reading, layers=wanted_layers(train)),
         facts=facts,
         resume=resume,
     )

@@ -15,6 +15,7 @@ from storage.info import read_info
 from storage.object_store import Store
 from storage.reader import Dataset
 from storage.samples import Int64Array
+from storage.shard_source import Reading
 
 FLEET_EVERY_S = 30.0
 """Seconds between lines about the fleet in events.jsonl."""
@@ -68,7 +69,7 @@ def _compact(work: Workspace) -> None:
 def open_dataset(work: Workspace) -> Dataset:
     """Open the run's dataset as it is now."""
     cache = work.config.cache
-    return Dataset.open(cache.url, work.identity, verify_hashes=cache.verify_hashes)
+    return Dataset.open(cache.url, work.identity, Reading.of(cache))
 
 
 def _score(work: Workspace, rows: Int64Array, task: Shown) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from cluster.figures import count
 from cluster.progress import Shown
 from cluster.rundir import stage_key
 from cluster.workspace import Workspace
+from storage.shard_source import Reading
 from trainer.config import LossConfig, TrainConfig
 from trainer.result import TrainResult, recorded_result, run_facts
 
@@ -59,5 +60,5 @@ def _fit(work: Workspace, name: str, settings: TrainConfig, task: Shown) -> Trai
         device=session.device,
         on_event=on_event,
         tokenizer_folder=work.model_folder,
-        verify_hashes=config.cache.verify_hashes,
+        reading=Reading.of(config.cache),
     )

@@ -1,5 +1,6 @@
 """The plain codec: samples and targets as ordinary list columns, converted without a Python loop over tokens."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,15 +37,15 @@ def encode(samples: SampleBatch, targets: TargetBatch, identity: DatasetIdentity
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def decode(table: pa.Table) -> tuple[SampleBatch, TargetBatch]:
+def decode(table: pa.Table, layers: Sequence[str] | None = None) -> tuple[SampleBatch, TargetBatch]:
     """Return the samples and targets of a data file; IntegrityError where columns are missing or disagree.
 
-    Arrays may be read-only views of the table's memory.
+    With `layers`, only these layers' hidden states are looked for. Arrays may be read-only views of the table's memory.
     """
     metadata = file_metadata(table.schema)
     try:
         samples = _read_samples(table)
-        targets = _read_targets(table, metadata, samples)
+        targets = _read_targets(table, metadata, samples, layers)
     except (KeyError, ValueError, pa.ArrowException) as error:
         raise IntegrityError(f"the columns of a data file cannot be read: {error}") from error
     entries = int(targets.count.sum())
@@ -150,13 +151,15 @@ def _read_document(table: pa.Table, offsets: Int64Array) -> Int16Array:
     return document
 
 
-def _read_targets(table: pa.Table, metadata: FileMetadata, samples: SampleBatch) -> TargetBatch:
+def _read_targets(
+    table: pa.Table, metadata: FileMetadata, samples: SampleBatch, layers: Sequence[str] | None
+) -> TargetBatch:
     entries = _no_entries(samples) if metadata.kind == "text" else _read_entries(table, metadata.kind)
     return TargetBatch(
         **entries,
         teacher_nll=_scalars(table, "teacher_nll"),
         teacher_entropy=_scalars(table, "teacher_entropy"),
-        **read_state_columns(table, metadata, samples),
+        **read_state_columns(table, metadata, samples, layers),
     )
 
 

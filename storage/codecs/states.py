@@ -1,5 +1,6 @@
 """The columns of hidden states and attention: one binary value per sample, the same whatever packs the targets."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,11 +34,18 @@ def state_columns(targets: TargetBatch) -> dict[str, Any]:
     return columns
 
 
-def read_state_columns(table: pa.Table, metadata: FileMetadata, samples: SampleBatch) -> dict[str, Any]:
-    """Return the fields of a `TargetBatch` that these columns give; ValueError where their sizes are wrong."""
+def read_state_columns(
+    table: pa.Table, metadata: FileMetadata, samples: SampleBatch, layers: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Return the fields of a `TargetBatch` that these columns give; ValueError where their sizes are wrong.
+
+    With `layers`, only the columns of these layers are looked for.
+    """
     kept = kept_positions(samples.sample_id, samples.num_supervised(), metadata.hidden_every)
     found: dict[str, Any] = {"hidden": {}, "hidden_kept": None if metadata.hidden_every is None else kept}
     for layer, layout in metadata.hidden.items():
+        if layers is not None and layer not in layers:
+            continue
         columns = stored_columns(layout.dtype, layout.width)
         states = _read_binary(table, HIDDEN_PREFIX + layer).view(NUMPY_DTYPES[layout.dtype]).reshape(-1, columns)
         if len(states) != int(kept.sum()):
@@ -46,7 +54,7 @@ def read_state_columns(table: pa.Table, metadata: FileMetadata, samples: SampleB
     if metadata.attention:
         count = np.where(kept, attention_lengths(samples), 0).astype(np.int32)
         found["attention_count"], found["attention"] = count, {}
-        for layer in metadata.attention:
+        for layer in metadata.attention if layers is None else set(metadata.attention) & set(layers):
             flat = _read_binary(table, ATTENTION_PREFIX + layer).view("<f2")
             if len(flat) != int(count.sum()):
                 raise ValueError(f"`{ATTENTION_PREFIX}{layer}` holds {len(flat)} weights, not {int(count.sum())}")

@@ -25,6 +25,7 @@ from storage.info import read_info
 from storage.object_store import Store
 from storage.reader import Dataset
 from storage.samples import SampleBatch
+from storage.shard_source import Reading
 from storage.targets import TargetBatch
 from storage.verify import verify_dataset
 from storage.writer import DatasetWriter
@@ -154,11 +155,10 @@ def test_iterate_keeps_the_order_and_raises_where_it_fails(
     units = [make_unit(identity, 4, seed) for seed in range(6)]
     for n, unit in enumerate(units):
         writer.commit(f"u{n}", *unit, attempt=1)
-    dataset = Dataset.open(str(tmp_path), memory_bytes=1)
+    dataset = Dataset.open(str(tmp_path), reading=Reading(memory_bytes=1))
     batches = [unit[0].ids() for unit in reversed(units)]
-    for read_ahead in (0, 2, 10):
-        for got, unit in zip(dataset.iterate(batches, read_ahead), reversed(units), strict=True):
-            assert_same_unit(got, unit)
+    for got, unit in zip(dataset.iterate(batches), reversed(units), strict=True):
+        assert_same_unit(got, unit)
     reads = dataset.iterate([batches[0], [bytes(16)], batches[1]])
     assert_same_unit(next(reads), units[-1])
     with pytest.raises(InputError, match="1 of 1 samples are not in"):
@@ -176,7 +176,7 @@ def test_memory_is_bounded_and_threads_read_a_shard_once(
     units = [make_unit(identity, 4, seed) for seed in range(6)]
     for n, unit in enumerate(units):
         writer.commit(f"u{n}", *unit, attempt=1)
-    small, large = Dataset.open(str(tmp_path), memory_bytes=1), Dataset.open(str(tmp_path))
+    small, large = Dataset.open(str(tmp_path), reading=Reading(memory_bytes=1)), Dataset.open(str(tmp_path))
     with ThreadPoolExecutor(8) as pool:
         for dataset in (small, large):
             list(pool.map(lambda unit, d=dataset: d.read(unit[0].ids()), units * 20))
@@ -229,7 +229,7 @@ def test_hash_check_can_be_left_out(tmp_path: Path, make_identity: MakeIdentity,
     # The last bytes before the footer's length are free text of the writer: only the hash sees them change.
     at = raw.rindex(b"parquet-cpp-arrow")
     path.write_bytes(raw[:at] + b"P" + raw[at + 1 :])
-    Dataset.open(str(tmp_path), verify_hashes=False).read(unit[0].ids())
+    Dataset.open(str(tmp_path), reading=Reading(verify_hashes=False)).read(unit[0].ids())
     with pytest.raises(IntegrityError, match="SHA-256"):
         Dataset.open(str(tmp_path)).read(unit[0].ids())
 

@@ -9,6 +9,7 @@ from queue import Empty
 from typing import Any
 
 from storage.object_store import Store
+from storage.shard_source import Reading
 from tests.trainer.tiny import QWEN2, TinyRun, train_config
 from trainer.config import CurriculumConfig, StudentConfig
 from trainer.loop import LoopSpec
@@ -30,7 +31,7 @@ def loop_spec(run: TinyRun, run_dir: Path, **train: Any) -> LoopSpec:
         samples_url=run.samples.url,
         run_dir=str(run_dir),
         device="cpu",
-        verify_hashes=True,
+        reading=Reading(),
         facts={},
     )
 
