@@ -11,6 +11,7 @@ from storage.identity import CaptureIdentity, DatasetIdentity, TokenizerIdentity
 from storage.info import INFO_KEY, DatasetInfo, read_info
 from storage.inputs import resolve_inputs
 from storage.object_store import Store
+from storage.projection import with_projection
 from storage.sample_set import SampleSet
 from storage.tokenizer import Tokenizer
 from trainer.curriculum import planned_shares
@@ -117,7 +118,7 @@ def check_dataset(config: RunConfig, tokenizer: Tokenizer, identity: DatasetIden
         tokenizer=TokenizerIdentity(digest=tokenizer.digest, vocab_size=tokenizer.vocab_size),
         chat_template=info.identity.chat_template,
         precision=config.teacher.dtype,
-        capture=CaptureIdentity.of(config.cache),
+        capture=with_projection(CaptureIdentity.of(config.cache), config.cache.url),
     )
     require_same(known, info.identity, f"cache.url {store.shown()}")
     return info

@@ -93,6 +93,9 @@ class CacheConfig(Settings):
     """Hidden states to keep: `final` (input of the output head) or a module name such as `model.layers.3`."""
     hidden_dtype: HiddenDtype = "float16"
     """Stored precision of the hidden states; `int8` has a float32 scale for each position."""
+    hidden_projection: int | None = Field(default=None, ge=1)
+    """Keep hidden states in so many dimensions, by a principal component analysis that is fitted when the capture
+    begins and kept with the dataset; none keeps them whole."""
     hidden_every: float = Field(default=1.0, gt=0)
     """Keep hidden states and attention of one supervised position in so many, evenly spaced; below 1: of this share."""
     attention: list[str] = Field(default_factory=list)

@@ -81,6 +81,7 @@ class CaptureIdentity(Settings):
             hidden=sorted(set(cache.hidden)),
             hidden_dtype=cache.hidden_dtype if cache.hidden else None,
             hidden_every=cache.hidden_every if cache.hidden_every != 1 and (cache.hidden or cache.attention) else None,
+            hidden_projection=cache.hidden_projection if cache.hidden else None,
             attention=sorted(set(cache.attention)),
         )
 

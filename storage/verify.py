@@ -11,6 +11,7 @@ from storage.index import EMPTY, INDEX_PREFIX, Index, generations
 from storage.info import DatasetInfo, read_info
 from storage.manifest import DATA_PREFIX, ManifestRecord, manifest_keys, read_manifest, unit_of
 from storage.object_store import Store
+from storage.projection import load_projection
 from storage.shard import damaged, read_shard
 
 
@@ -65,6 +66,7 @@ def verify_dataset(url: str, on_progress: Callable[[int, int], None] | None = No
             report.damaged_units.append(unit)
         if on_progress is not None:
             on_progress(done, len(units))
+    report.problems += _check_projection(store, info)
     # Version 1 kept the final hidden state without the head.
     has_head = FINAL in info.identity.capture.hidden and (info.upgraded_from or info.schema_version) > 1
     report.problems += check_heads(store, info.fingerprint, bool(units) and has_head)
@@ -114,3 +116,13 @@ def _verify_unit(
     report.tokens += samples.num_tokens
     report.supervised += targets.num_positions
     report.bytes += record.bytes
+
+
+def _check_projection(store: Store, info: DatasetInfo) -> list[str]:
+    digest = info.identity.capture.projection
+    try:
+        if digest is not None:
+            load_projection(store, digest)
+    except IntegrityError as error:
+        return [str(error)]
+    return []

@@ -16,6 +16,7 @@ from storage.identity import (
     parameter_count,
     weights_digest,
 )
+from storage.projection import with_projection
 from storage.tokenizer import Tokenizer
 from workers.config import TeacherConfig
 
@@ -131,5 +132,5 @@ def teacher_identity(
         tokenizer=TokenizerIdentity(digest=tokenizer.digest, vocab_size=tokenizer.vocab_size),
         chat_template=None if template is None else blake2b(template.encode(), digest_size=16).hexdigest(),
         precision=teacher.dtype,
-        capture=CaptureIdentity.of(cache),
+        capture=with_projection(CaptureIdentity.of(cache), cache.url),
     )

@@ -78,6 +78,8 @@ def _score(work: Workspace, rows: Int64Array, task: Shown) -> dict[str, Any]:
 
     follower = _Follower(work, task)
     config = work.config
+    if work.identity.capture.hidden_projection and not work.identity.capture.projection:
+        _fit_projection(work, rows, session.device, task, follower)
     found = score_missing(
         config.teacher,
         config.cache,
@@ -95,6 +97,19 @@ def _score(work: Workspace, rows: Int64Array, task: Shown) -> dict[str, Any]:
         "reused_samples": found.reused_samples,
         "last": {**asdict(found), **rates},
     }
+
+
+def _fit_projection(work: Workspace, rows: Int64Array, device: str, task: Shown, follower: "_Follower") -> None:
+    """Fit the projection of the hidden states, which completes the dataset's identity."""
+    from workers.projection import fit_teacher_projection
+
+    task.say("  fitting the projection of the hidden states")
+    config = work.config
+    work.identity = fit_teacher_projection(
+        config.teacher, config.cache, work.model_folder, work.samples, rows, work.identity, device, follower.on_event
+    )
+    facts = work.run.result("teacher") or {}
+    work.run.finish("teacher", work.identity.fingerprint, {**facts, "fingerprint": work.identity.fingerprint})
 
 
 class _Follower:

@@ -182,6 +182,7 @@ class Rank:
 
 
 def _scoring_settings(job: CaptureJob) -> Any:
+    from storage.projection import load_projection
     from workers.local.scoring import ScoringSettings
     from workers.local.selection import SelectionSettings
 
@@ -201,6 +202,7 @@ def _scoring_settings(job: CaptureJob) -> Any:
         data_parallel=job.teacher.sharding == "zero3" and job.teacher.ranks > 1,
         hidden_every=capture.hidden_every,
         attention=tuple(capture.attention),
+        projection=load_projection(Store(job.dataset_url), capture.projection) if capture.projection else None,
     )
 
 

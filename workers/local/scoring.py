@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from storage.errors import IntegrityError
 from storage.hidden import attention_lengths, kept_positions, store_states
+from storage.projection import Projection
 from storage.samples import BoolArray, Int64Array, SampleBatch, offsets_of, ragged_index
 from storage.targets import TargetBatch
 from workers.local.batching import ModelInputs, model_inputs, plan_batches, predicting_rows
@@ -39,6 +40,7 @@ class ScoringSettings:
     """Ranks take turns at batches (ZeRO-3) instead of sharing each one."""
     hidden_every: float | None = None
     attention: tuple[str, ...] = ()
+    projection: Projection | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,6 +242,8 @@ def _pick_hidden(
     """Return the hidden states that predict the kept positions, [K, columns], in the stored format."""
     rows = torch.from_numpy(where.logits_row[where.kept])
     picked = {layer: states[rows.to(states.device)].float().cpu().numpy() for layer, states in hidden.items()}
+    if settings.projection is not None:
+        picked = {layer: settings.projection.project(layer, values) for layer, values in picked.items()}
     return {layer: store_states(values, settings.hidden_dtype) for layer, values in picked.items()}
 
 
