@@ -3,8 +3,8 @@
 from dataclasses import asdict
 from typing import Any
 
-from cluster.report.data import column_bytes
 from cluster.sample_view import SampleView, view_sample
+from storage.columns import column_bytes
 from storage.errors import InputError
 from storage.reader import Dataset
 from storage.samples import ID_BYTES

@@ -9,7 +9,7 @@ import numpy as np
 from cluster.config import RunConfig
 from cluster.rundir import METRICS_KEY, RESOLVED_KEY, RunDir
 from cluster.sample_view import SampleView, view_sample
-from storage.range_file import RangeFile
+from storage.columns import column_bytes
 from storage.reader import Dataset
 from storage.tokenizer import Tokenizer
 
@@ -125,23 +125,6 @@ def student_tokens(tokens: list[dict[str, Any]], tokenizer: Tokenizer) -> list[S
         else None
         for token in tokens
     ]
-
-
-def column_bytes(dataset: Dataset, most_units: int = 16) -> list[tuple[str, int]]:
-    """Return the compressed bytes of each column, largest first, over the first `most_units` data files."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    totals: dict[str, int] = {}
-    for record in dataset.manifests[:most_units]:
-        source = pa.PythonFile(RangeFile(dataset.store, record.data_key, record.bytes), mode="r")
-        footer = pq.ParquetFile(source).metadata
-        for group in range(footer.num_row_groups):
-            for column in range(footer.num_columns):
-                chunk = footer.row_group(group).column(column)
-                name = chunk.path_in_schema.partition(".")[0]
-                totals[name] = totals.get(name, 0) + chunk.total_compressed_size
-    return sorted(totals.items(), key=lambda item: -item[1])
 
 
 def _cache(dataset: Dataset, capture: dict[str, Any]) -> dict[str, Any]:

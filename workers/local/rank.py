@@ -118,7 +118,7 @@ class Rank:
             head = output_head(model, job.identity.tokenizer.vocab_size)
             save_head(Store(job.dataset_url), head, job.identity.fingerprint)
         self.model, report = shard_model(model, job.teacher, place.rank)
-        self.settings = _scoring_settings(job)
+        self.settings = scoring_settings(job)
         self.samples = SampleSet.open(job.samples_url)
         self.writer = DatasetWriter.open(job.dataset_url, job.identity)
         return report
@@ -181,7 +181,8 @@ class Rank:
         return bool(answer.item())
 
 
-def _scoring_settings(job: CaptureJob) -> Any:
+def scoring_settings(job: CaptureJob) -> Any:
+    """Return the `scoring.ScoringSettings` of a job."""
     from storage.projection import load_projection
     from workers.local.scoring import ScoringSettings
     from workers.local.selection import SelectionSettings

@@ -1,0 +1,1 @@
+"""Other tools' caches of teacher logits, read into datasets of ours."""
