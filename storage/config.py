@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from storage.settings import Settings
 
+Codec = Literal["plain", "compact"]
+"""How the entries are packed."""
 Kind = Literal["topk", "hybrid", "sampled", "dense", "text"]
 """Which entries are kept at each position."""
 HiddenDtype = Literal["float32", "float16", "bfloat16", "int8"]
@@ -89,6 +91,9 @@ class CacheConfig(Settings):
     draws is not seen over and over."""
     seed: int = 0
     """Seed of the draws; a sample's draws depend on this and on its id alone."""
+    codec: Codec = "plain"
+    """`plain`: lists that every Parquet reader understands; `compact`: packed to a fraction of that, log-probabilities
+    rounded by at most 0.01 nats. Decided when the dataset is made: an existing one keeps its own."""
     hidden: list[str] = Field(default_factory=list)
     """Hidden states to keep: `final` (input of the output head) or a module name such as `model.layers.3`."""
     hidden_dtype: HiddenDtype = "float16"
@@ -111,3 +116,12 @@ class CacheConfig(Settings):
     that memory cannot hold; 0 keeps none."""
     read_disk_folder: str | None = None
     """Where they are kept; none means `shards` in `$LECTERN_CACHE` or `~/.cache/lectern`. Safe to delete."""
+
+    @model_validator(mode="after")
+    def _dense_is_plain(self) -> Self:
+        if self.codec == "compact" and self.kind == "dense":
+            raise ValueError(
+                "cache.codec `compact` packs the few entries of a sparse target; cache.kind `dense` keeps them all: "
+                "use codec `plain`, or keep the hidden state `final` in place of dense targets"
+            )
+        return self

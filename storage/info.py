@@ -2,10 +2,11 @@
 
 import json
 from hashlib import blake2b
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import Field, ValidationError
 
+from storage.config import Codec
 from storage.errors import InputError, IntegrityError
 from storage.identity import DatasetIdentity, canonical_json
 from storage.object_store import Store
@@ -31,7 +32,7 @@ class DatasetInfo(Settings):
     """The contents of dataset.json."""
 
     schema_version: int = Field(default=SCHEMA_VERSION, ge=1)
-    codec: Literal["plain"] = "plain"
+    codec: Codec = "plain"
     fingerprint: str
     identity: DatasetIdentity
     tokenizer: TokenizerFacts
@@ -45,10 +46,10 @@ class DatasetInfo(Settings):
     """Hex BLAKE2b over the other fields."""
 
     @classmethod
-    def of(cls, identity: DatasetIdentity, padded_vocab_size: int) -> Self:
+    def of(cls, identity: DatasetIdentity, padded_vocab_size: int, codec: Codec = "plain") -> Self:
         """Describe a new dataset."""
         facts = TokenizerFacts(vocab_size=identity.tokenizer.vocab_size, padded_vocab_size=padded_vocab_size)
-        return cls(fingerprint=identity.fingerprint, identity=identity, tokenizer=facts).changed()
+        return cls(codec=codec, fingerprint=identity.fingerprint, identity=identity, tokenizer=facts).changed()
 
     def changed(self, **fields: Any) -> Self:
         """Return this with other values of some fields, as this release writes it."""

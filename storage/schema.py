@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from storage.config import HiddenDtype
+from storage.config import Codec, HiddenDtype
 from storage.errors import InputError, IntegrityError
 from storage.identity import DatasetIdentity, canonical_json
 from storage.samples import ID_BYTES
@@ -39,6 +39,7 @@ class FileMetadata(Settings):
     schema_version: int
     fingerprint: str
     kind: str
+    codec: Codec = added("plain")
     positions: int = Field(ge=0)
     """Supervised positions of all rows."""
     hidden: dict[str, HiddenLayout] = Field(default_factory=dict)
@@ -72,7 +73,7 @@ def table_schema(identity: DatasetIdentity, metadata: FileMetadata) -> pa.Schema
         _field("tokens", _list(pa.int32())),
         _field("supervised", _list(pa.bool_())),
         pa.field("document", _list(pa.int16()), nullable=True),
-        *_target_fields(identity),
+        *(_target_fields(identity) if metadata.codec == "plain" else _packed_fields()),
         _field("teacher_nll", pa.float32()),
         _field("teacher_entropy", pa.float32()),
     ]
@@ -84,6 +85,13 @@ def table_schema(identity: DatasetIdentity, metadata: FileMetadata) -> pa.Schema
 def draws_column(number: int) -> str:
     """Return the name of the column of a set of draws: the first, 0, is `target_draws`, the others are numbered."""
     return "target_draws" if number == 0 else f"target_draws_{number}"
+
+
+def _packed_fields() -> list[Any]:
+    return [
+        _field("target_packed", pa.binary()),
+        _field("target_codebook", pa.dictionary(pa.int32(), pa.binary())),
+    ]
 
 
 def _target_fields(identity: DatasetIdentity) -> list[Any]:
@@ -122,9 +130,11 @@ def to_parquet(table: pa.Table) -> bytes:
         sink,
         compression="zstd",
         compression_level=3,
-        use_dictionary=[name for name in names if name == "source"]
+        use_dictionary=[name for name in names if name in {"source", "target_codebook"}]
         + [f"{name}.list.element" for name in names if name.startswith("target_draws")],
         use_byte_stream_split=[path for name, path in _BYTE_STREAM_SPLIT.items() if name in names],
+        # A codebook must stay in its dictionary, which would else be given up once it is larger than this.
+        dictionary_pagesize_limit=1 << 30,
         write_page_index=True,
         write_page_checksum=True,
         row_group_size=max(1, len(table)),

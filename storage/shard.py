@@ -5,6 +5,7 @@ from hashlib import sha256
 from typing import Any
 
 from storage.codecs import plain
+from storage.codecs.table import decode
 from storage.errors import IntegrityError
 from storage.manifest import ManifestRecord, ids_digest
 from storage.object_store import Store
@@ -31,7 +32,7 @@ def read_shard(
     try:
         table = from_parquet(raw, unwanted=_unwanted(layers))
         _check_metadata(table, record)
-        shard = plain.decode(table, layers)
+        shard = decode(table, layers)
         _check_rows(shard[0].sample_id, record)
         if shard[0].num_tokens != record.tokens:
             raise IntegrityError(f"it holds {shard[0].num_tokens} tokens, its manifest says {record.tokens}")

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Self
 
-from storage.codecs import plain
+from storage.codecs.table import encode
+from storage.config import Codec
 from storage.errors import LecternError, StorageError
 from storage.identity import DatasetIdentity, require_same
 from storage.info import INFO_KEY, DatasetInfo, read_info
@@ -36,15 +37,17 @@ class DatasetWriter:
         """False where the store ignores conditional creates: then only one process may write at a time."""
 
     @classmethod
-    def create(cls, url: str, identity: DatasetIdentity, padded_vocab_size: int | None = None) -> Self:
-        """Probe the store, then make the dataset or join one of the same identity.
+    def create(
+        cls, url: str, identity: DatasetIdentity, padded_vocab_size: int | None = None, codec: Codec = "plain"
+    ) -> Self:
+        """Probe the store, then make the dataset, with this codec, or join one of the same identity, with its own.
 
         Raises InputError when the store cannot be written, IdentityError when a dataset of another identity is there.
         """
         store = Store(url)
         conditional = store.probe()
         if not store.exists(INFO_KEY):
-            info = DatasetInfo.of(identity, padded_vocab_size or identity.tokenizer.vocab_size)
+            info = DatasetInfo.of(identity, padded_vocab_size or identity.tokenizer.vocab_size, codec)
             store.create(INFO_KEY, info.to_json())
         info = read_info(store)
         require_same(identity, info.identity, store.shown())
@@ -77,7 +80,7 @@ class DatasetWriter:
         before = self.committed(unit_id)
         if before is not None:
             return before
-        data = to_parquet(plain.encode(samples, targets, self.info.identity))
+        data = to_parquet(encode(samples, targets, self.info.identity, self.info.codec))
         record = ManifestRecord.seal(
             unit=unit_id,
             attempt=str(attempt),

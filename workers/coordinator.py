@@ -115,7 +115,7 @@ def capture(
         StorageError: the store failed.
         WorkerError: no replica could be started.
     """
-    DatasetWriter.create(cache.url, identity, model_facts(model_folder).vocab_size)
+    DatasetWriter.create(cache.url, identity, model_facts(model_folder).vocab_size, cache.codec)
     missing = missing_rows(samples, rows, Dataset.open(cache.url, identity))
     units = plan_units(missing, samples.num_tokens, samples.sample_ids, identity.fingerprint, cache.unit_tokens, rows)
     result = CaptureResult(reused_samples=len(rows) - len(missing))

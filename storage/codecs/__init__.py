@@ -1,1 +1,1 @@
-"""How sparse targets are packed into Parquet columns."""
+"""How samples and targets become the columns of a data file: `plain` lists, or `compact` packed rows."""

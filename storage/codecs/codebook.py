@@ -74,7 +74,7 @@ class Ranks:
         if not len(self.heads):
             return np.full(len(before), -1, dtype=np.int64)
         at = np.minimum(np.searchsorted(self.heads, before), len(self.heads) - 1)
-        return np.where(self.heads[at] == before, at, -1)
+        return np.asarray(np.where(self.heads[at] == before, at, -1))
 
 
 class Ranking:
@@ -111,7 +111,7 @@ class Ranking:
         beyond = ranks - size
         if (beyond >= len(self._order)).any():
             raise IntegrityError("a packed stream names a token id that the codebook does not have")
-        ids = self._order[np.maximum(beyond, 0)]
+        ids: Int64Array = self._order[np.maximum(beyond, 0)]
         inside = beyond < 0
         at = np.append(self._ranks.offsets, 0)[lists[inside]] + ranks[inside]
         ids[inside] = self._ranks.listed[at]

@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from storage.codecs import plain
 from storage.codecs.codebook import Codebook, Ranking, Ranks
 from storage.codecs.entries import (
     DRAWN,
@@ -25,9 +27,11 @@ from storage.codecs.entries import (
     code_tail,
 )
 from storage.codecs.integers import Coder, Layout, Recorder, Unpacker
+from storage.contract import check_contract
 from storage.draws import sampled_logprob
 from storage.errors import IntegrityError
-from storage.samples import BoolArray, Int64Array, SampleBatch
+from storage.identity import DatasetIdentity
+from storage.samples import BoolArray, Int64Array, SampleBatch, offsets_of
 from storage.targets import Float16Array, TargetBatch
 
 LOGPROB_ERROR = 0.01
@@ -47,6 +51,30 @@ class Entries:
     steps: Int64Array  # [E], −log p in steps; the head's entries of all positions, then the drawn ones
     draws: Int64Array  # [R, entries drawn]
     tail: Int64Array  # [P], 0 where there is none, else 1 + −log of it in steps
+
+
+def encode(samples: SampleBatch, targets: TargetBatch, identity: DatasetIdentity) -> pa.Table:
+    """Return the table of a data file; refuses rows out of contract with IntegrityError.
+
+    What will be read back is held to the contract as well as what was given.
+    """
+    check_contract(samples, targets, identity)
+    kind = identity.capture.kind
+    kept = quantised(targets, kind)
+    check_contract(samples, kept, identity)
+    codebook, rows = pack(samples, kept, kind, identity.tokenizer.vocab_size)
+    shared = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(rows), np.int32)), pa.array([codebook], pa.binary()))
+    columns = {"target_packed": pa.array(rows, pa.binary()), "target_codebook": shared}
+    return plain.build_table(samples, targets, identity, "compact", columns)
+
+
+def read_entries(table: pa.Table, kind: str, samples: SampleBatch) -> dict[str, Any]:
+    """Return the fields of a TargetBatch that the packed columns hold."""
+    books = {book for chunk in table.column("target_codebook").chunks for book in chunk.unique().to_pylist()}
+    if len(books) != 1:
+        raise IntegrityError(f"the rows of a data file share one codebook; there are {len(books)}")
+    rows = [memoryview(value.as_buffer()) for value in table.column("target_packed")]
+    return {"offsets": offsets_of(samples.num_supervised()), **unpack(samples, kind, books.pop(), rows)}
 
 
 def quantised(targets: TargetBatch, kind: str) -> TargetBatch:

@@ -1,6 +1,6 @@
 """The plain codec: samples and targets as ordinary list columns, converted without a Python loop over tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from storage.codecs.states import read_state_columns, state_columns, state_layouts
+from storage.config import Codec
 from storage.contract import check_contract
 from storage.draws import sampled_logprob
 from storage.errors import InputError, IntegrityError
@@ -18,34 +19,48 @@ from storage.targets import TargetBatch
 
 _MAX_LIST_VALUES = 2**31 - 1
 
+ReadEntries = Callable[[pa.Table, str, SampleBatch], dict[str, Any]]
+"""Reads the fields of a TargetBatch that tell its entries, given the table, the kind and the samples."""
+
 
 def encode(samples: SampleBatch, targets: TargetBatch, identity: DatasetIdentity) -> pa.Table:
     """Return the table of a data file; refuses rows out of contract with IntegrityError."""
     check_contract(samples, targets, identity)
+    return build_table(samples, targets, identity, "plain", _entry_columns(targets))
+
+
+def build_table(
+    samples: SampleBatch, targets: TargetBatch, identity: DatasetIdentity, codec: Codec, entries: dict[str, Any]
+) -> pa.Table:
+    """Return the table of a data file from its `entries`, the columns that the codec makes of the targets' entries."""
     metadata = FileMetadata(
         schema_version=identity.schema_version,
         fingerprint=identity.fingerprint,
         kind=identity.capture.kind,
+        codec=codec,
         positions=targets.num_positions,
         hidden=state_layouts(targets, identity),
         hidden_every=identity.capture.hidden_every,
         attention=identity.capture.attention,
     )
     schema = table_schema(identity, metadata)
-    columns = _sample_columns(samples) | _target_columns(targets)
+    columns = _sample_columns(samples) | entries | _mean_columns(targets) | state_columns(targets)
     arrays = [_column(columns[field.name], field.type) for field in schema]
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def decode(table: pa.Table, layers: Sequence[str] | None = None) -> tuple[SampleBatch, TargetBatch]:
+def decode(
+    table: pa.Table, layers: Sequence[str] | None = None, read_entries: ReadEntries | None = None
+) -> tuple[SampleBatch, TargetBatch]:
     """Return the samples and targets of a data file; IntegrityError where columns are missing or disagree.
 
-    With `layers`, only these layers' hidden states are looked for. Arrays may be read-only views of the table's memory.
+    With `layers`, only these layers' hidden states are looked for. `read_entries` reads the entries of another codec.
+    Arrays may be read-only views of the table's memory.
     """
     metadata = file_metadata(table.schema)
     try:
         samples = _read_samples(table)
-        targets = _read_targets(table, metadata, samples, layers)
+        targets = _read_targets(table, metadata, samples, layers, read_entries or _read_entries)
     except (KeyError, ValueError, pa.ArrowException) as error:
         raise IntegrityError(f"the columns of a data file cannot be read: {error}") from error
     entries = int(targets.count.sum())
@@ -79,7 +94,14 @@ def _document_column(samples: SampleBatch, packed: NDArray[np.bool_]) -> Any:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=kind, mask=pa.array(~packed))
 
 
-def _target_columns(targets: TargetBatch) -> dict[str, Any]:
+def _mean_columns(targets: TargetBatch) -> dict[str, Any]:
+    return {
+        "teacher_nll": pa.array(targets.teacher_nll, pa.float32()),
+        "teacher_entropy": pa.array(targets.teacher_entropy, pa.float32()),
+    }
+
+
+def _entry_columns(targets: TargetBatch) -> dict[str, Any]:
     """Return all columns that any kind has; the schema picks those of the dataset's."""
     entries = targets.entry_offsets[targets.offsets]
     columns: dict[str, Any] = {
@@ -87,12 +109,10 @@ def _target_columns(targets: TargetBatch) -> dict[str, Any]:
         "target_id": (targets.id, entries),
         "target_logprob": (targets.logprob, entries),
         "tail_mass": (targets.tail_mass, targets.offsets),
-        "teacher_nll": pa.array(targets.teacher_nll, pa.float32()),
-        "teacher_entropy": pa.array(targets.teacher_entropy, pa.float32()),
     }
     for number, draws in enumerate(targets.draws if targets.draws is not None else []):
         columns[draws_column(number)] = (draws, entries)
-    return columns | state_columns(targets)
+    return columns
 
 
 def _column(column: Any, kind: Any) -> Any:
@@ -152,9 +172,13 @@ def _read_document(table: pa.Table, offsets: Int64Array) -> Int16Array:
 
 
 def _read_targets(
-    table: pa.Table, metadata: FileMetadata, samples: SampleBatch, layers: Sequence[str] | None
+    table: pa.Table,
+    metadata: FileMetadata,
+    samples: SampleBatch,
+    layers: Sequence[str] | None,
+    read_entries: ReadEntries,
 ) -> TargetBatch:
-    entries = _no_entries(samples) if metadata.kind == "text" else _read_entries(table, metadata.kind)
+    entries = _no_entries(samples) if metadata.kind == "text" else read_entries(table, metadata.kind, samples)
     return TargetBatch(
         **entries,
         teacher_nll=_scalars(table, "teacher_nll"),
@@ -175,7 +199,7 @@ def _no_entries(samples: SampleBatch) -> dict[str, Any]:
     }
 
 
-def _read_entries(table: pa.Table, kind: str) -> dict[str, Any]:
+def _read_entries(table: pa.Table, kind: str, _: SampleBatch) -> dict[str, Any]:
     counts, offsets = _flat(table, "target_count", None)
     count = counts.astype(np.int32)
     names = [name for name in table.column_names if name.startswith(draws_column(0))]
