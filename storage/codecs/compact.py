@@ -2,7 +2,7 @@
 
 Columns of samples, hidden states and means are as in the plain codec. `target_packed` holds a row's targets,
 `target_codebook` what the rows of a file share (the same value in all of them, stored once). Ids and draws come back
-as they were; log-probabilities within LOGPROB_ERROR, and tail masses within a factor of exp(±LOGPROB_ERROR).
+as they were; log-probabilities within LOGPROB_ERROR, and tail masses within 1.1% of themselves.
 """
 
 from dataclasses import dataclass, replace

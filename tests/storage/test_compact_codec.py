@@ -69,8 +69,8 @@ def assert_within_bounds(targets: TargetBatch, kept: TargetBatch) -> None:
     assert error[targets.logprob[by_id] > -16].max(initial=0) <= LOGPROB_ERROR
     if targets.draws is not None:
         np.testing.assert_array_equal(targets.draws[:, by_id], kept.draws[:, kept_by_id])
-    ratio = kept.tail_mass.astype(np.float64) - targets.tail_mass.astype(np.float64)
-    assert (np.abs(ratio) <= LOGPROB_ERROR * targets.tail_mass + 1e-7).all()
+    tail = targets.tail_mass.astype(np.float64)
+    assert (np.abs(kept.tail_mass.astype(np.float64) - tail) <= 0.011 * tail + 1e-7).all()
 
 
 def test_every_float16_logprob_is_within_the_bound() -> None:
