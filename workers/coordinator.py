@@ -6,7 +6,7 @@ is missing. Work in flight is bounded; nothing bigger than a receipt comes throu
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from storage.samples import Int64Array
 from storage.writer import DatasetWriter
 from workers.config import TeacherConfig
 from workers.fleet import LocalReplica, log_hint, rank_bundle
-from workers.local.rank import CaptureJob, UnitReceipt
+from workers.local.rank import CaptureJob, Rank, UnitReceipt
 from workers.loop import FleetLoop, OnEvent, brief
 from workers.model_folder import model_facts
-from workers.policy import FleetPolicy, ReplicaKind
-from workers.replica import Post
+from workers.policy import FailureKind, FleetPolicy, ReplicaKind
+from workers.replica import Done, Lost, News, Post
 from workers.resources import describe, free_resources, placement_strategy
 from workers.units import WorkUnit, plan_units
 
@@ -42,6 +42,8 @@ class CaptureResult:
     forward_s: float = 0.0
     selection_s: float = 0.0
     commit_s: float = 0.0
+    padded_tokens: int = 0
+    """Tokens of the forward passes, padding included."""
     failed_units: list[dict[str, Any]] = field(default_factory=list)
     """Units set aside: `{unit, samples, attempts, error}`."""
     ranks: list[dict[str, Any]] = field(default_factory=list)
@@ -66,6 +68,11 @@ class CaptureResult:
         busy = self.forward_s + self.selection_s + self.commit_s
         return self.forward_s / busy if busy else 0.0
 
+    @property
+    def padding(self) -> float:
+        """Share of the forward passes' tokens that were padding."""
+        return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
+
     def add(self, unit: WorkUnit, receipt: UnitReceipt) -> dict[str, Any]:
         """Count a unit; returns the facts of its `unit_done` event."""
         if not receipt.scored:
@@ -76,10 +83,13 @@ class CaptureResult:
         self.forward_s += receipt.forward_s
         self.selection_s += receipt.selection_s
         self.commit_s += receipt.commit_s
+        self.padded_tokens += receipt.padded_tokens
         return {
             "samples": len(unit.rows),
             "tokens": unit.num_tokens,
             "bytes": receipt.receipt.bytes,
+            "padded_tokens": receipt.padded_tokens,
+            "batch_tokens": receipt.batch_tokens,
             "forward_s": round(receipt.forward_s, 4),
             "selection_s": round(receipt.selection_s, 4),
             "commit_s": round(receipt.commit_s, 4),
@@ -102,6 +112,7 @@ def capture(
     device: str = "cpu",
     on_event: OnEvent | None = None,
     price_per_hour: float = 0.0,
+    rank_class: type[Rank] = Rank,
 ) -> CaptureResult:
     """Score the samples at `rows` that the dataset lacks; Ray must be running.
 
@@ -109,6 +120,7 @@ def capture(
         device: `cpu` or `gpu`, what each rank runs on.
         on_event: called in this process with `{event: …}` dicts: `units_planned`, and those of `workers.loop`.
         price_per_hour: of one replica's machines, for the cost of idle time.
+        rank_class: the actor class of a rank; another one may score in another way.
 
     Raises:
         InputError: the model, the dataset or a setting is wrong, or no node can hold a rank.
@@ -136,8 +148,11 @@ def capture(
     kind = local_kind(teacher, on_device, price_per_hour)
     strategy = placement_strategy(rank_bundle(on_device), teacher.ranks)
 
+    batches = _BatchLimit(teacher.batch_tokens)
+
     def make(number: int, _kind: ReplicaKind, post: Post) -> LocalReplica:
-        return LocalReplica(number, job, on_device, strategy, post)
+        smaller = replace(job, teacher=teacher.model_copy(update={"batch_tokens": batches.tokens}))
+        return LocalReplica(number, smaller, on_device, strategy, batches.watch(post), rank_class)
 
     # Two captures of the same dataset begin at different places, so that each finds the other's units done.
     ordered = units.rotated(random.SystemRandom().randrange(len(units)))
@@ -156,6 +171,26 @@ def capture(
         result.seconds, result.fleet = loop.seconds, loop.status().to_json()
         result.ranks = loop.first_report or []
     return result
+
+
+class _BatchLimit:
+    """Remembers for new replicas what size of batch ran out of memory on earlier ones."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def watch(self, post: Post) -> Post:
+        """Return `post` with an eye on the news of a new replica; its smaller limit holds for those made later."""
+        given = self.tokens
+
+        def watched(news: News) -> None:
+            if isinstance(news, Lost) and news.kind is FailureKind.MEMORY:
+                self.tokens = max(1, min(self.tokens, given // 2))
+            elif isinstance(news, Done) and news.receipt.batch_tokens:
+                self.tokens = min(self.tokens, news.receipt.batch_tokens)
+            post(news)
+
+        return watched
 
 
 def local_kind(teacher: TeacherConfig, device: str, price_per_hour: float = 0.0) -> ReplicaKind:

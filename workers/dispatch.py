@@ -237,12 +237,15 @@ class Dispatcher(Generic[UnitT]):
 
     def _start_failed(self, kind: ReplicaKind, failure: FailureKind, error: BaseException, now: float) -> None:
         self._failed_starts[kind.name] += 1
-        failed = self._failed_starts[kind.name]
-        self._start_after[kind.name] = now + self.policy.backoff_s(failed)
-        decision = decide(START_RULES, failure, failed, self.policy.max_attempts)
-        # While others work, one node that fails its starts must not end them.
-        if decision is FailureDecision.STOP and not self._ready[kind.name]:
+        self._start_after[kind.name] = now + self.policy.backoff_s(self._failed_starts[kind.name])
+        # While others work or may still come up, one node that fails its starts must not end them.
+        others = self._alive[kind.name] if failure is not FailureKind.FATAL else self._ready[kind.name]
+        if self._gave_up(kind, failure) and not others:
             self.error = error
+
+    def _gave_up(self, kind: ReplicaKind, failure: FailureKind) -> bool:
+        failed = self._failed_starts[kind.name]
+        return decide(START_RULES, failure, failed, self.policy.max_attempts) is FailureDecision.STOP
 
     def _add_replicas(self, now: float) -> None:
         left = self.meter.units_left
@@ -259,7 +262,9 @@ class Dispatcher(Generic[UnitT]):
                 self._commands.append(Start(number, kind))
 
     def _worth_it(self, kind: ReplicaKind) -> bool:
-        """Tell whether one more replica would be ready before the work is over."""
+        """Tell whether one more replica would come up, and be ready before the work is over."""
+        if not self._ready[kind.name] and self._gave_up(kind, FailureKind.LOST):
+            return False  # first see whether those that are on their way come up
         if self._alive[kind.name] < kind.min:
             return True
         left_s = self.meter.seconds_left(sum(self._ready.values()))

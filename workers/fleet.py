@@ -17,7 +17,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from storage.errors import IntegrityError, LecternError, StorageError
-from workers.local.rank import CaptureJob, Rank, RankPlace
+from workers.local.rank import BatchTooLargeError, CaptureJob, Rank, RankPlace
 from workers.policy import FailureKind
 from workers.replica import Done, Failed, Lost, Placed, Post, Ready, Seen
 from workers.units import WorkUnit
@@ -37,6 +37,8 @@ def classify(error: BaseException) -> FailureKind:
     """Tell whose fault an error that came through Ray is; `root_cause` first."""
     if isinstance(error, RayError) and not isinstance(error, RayTaskError):
         return FailureKind.LOST
+    if isinstance(error, BatchTooLargeError):
+        return FailureKind.MEMORY
     if isinstance(error, IntegrityError):
         return FailureKind.UNIT
     if isinstance(error, StorageError):
@@ -72,9 +74,12 @@ def when_all(
 class LocalReplica:
     """One copy of the teacher; keeps `workers.replica.Replica`."""
 
-    def __init__(self, number: int, job: CaptureJob, device: str, strategy: str, post: Post) -> None:
-        """`device` is `cpu` or `cuda`, `strategy` the placement group's."""
+    def __init__(
+        self, number: int, job: CaptureJob, device: str, strategy: str, post: Post, rank_class: type[Rank] = Rank
+    ) -> None:
+        """`device` is `cpu` or `cuda`, `strategy` the placement group's; `rank_class` may score in another way."""
         self.number, self.job, self.device, self.strategy, self.post = number, job, device, strategy, post
+        self._rank_class = rank_class
         self._ranks: list[Any] = []
         self._group: PlacementGroup | None = None
         self._beating = False
@@ -135,7 +140,9 @@ class LocalReplica:
     def _actor(self, index: int) -> Any:
         assert self._group is not None
         bundle = rank_bundle(self.device)
-        actor = ray.remote(num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0), concurrency_groups=SIDE_WORK)(Rank)
+        actor = ray.remote(num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0), concurrency_groups=SIDE_WORK)(
+            self._rank_class
+        )
         place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
         return actor.options(max_restarts=0, max_task_retries=0, scheduling_strategy=place).remote()
 

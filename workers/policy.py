@@ -24,6 +24,8 @@ class FailureKind(StrEnum):
     """a process, an object or a node is gone, or does not answer"""
     BROKEN = "broken"
     """an unexpected error"""
+    MEMORY = "memory"
+    """a batch ran out of memory; the next replica takes smaller ones"""
     UNIT = "unit"
     """the unit's own samples cannot be scored"""
     STORE = "store"
@@ -55,6 +57,7 @@ UNIT_RULES: Mapping[FailureKind, Rule] = {
     # Nodes come and go: a unit is not to blame for a loss until many replicas have died over it.
     FailureKind.LOST: Rule(3, FailureDecision.SET_ASIDE),
     FailureKind.BROKEN: Rule(1, FailureDecision.SET_ASIDE),
+    FailureKind.MEMORY: Rule(4, FailureDecision.SET_ASIDE),
     FailureKind.UNIT: Rule(0, FailureDecision.SET_ASIDE),
     FailureKind.STORE: Rule(1, FailureDecision.STOP),
     FailureKind.FATAL: Rule(0, FailureDecision.STOP),
@@ -64,6 +67,7 @@ UNIT_RULES: Mapping[FailureKind, Rule] = {
 START_RULES: Mapping[FailureKind, Rule] = {
     FailureKind.LOST: Rule(1, FailureDecision.STOP),
     FailureKind.BROKEN: Rule(1, FailureDecision.STOP),
+    FailureKind.MEMORY: Rule(1, FailureDecision.STOP),
     FailureKind.UNIT: Rule(0, FailureDecision.STOP),
     FailureKind.STORE: Rule(1, FailureDecision.STOP),
     FailureKind.FATAL: Rule(0, FailureDecision.STOP),

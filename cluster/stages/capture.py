@@ -20,7 +20,7 @@ from storage.shard_source import Reading
 FLEET_EVERY_S = 30.0
 """Seconds between lines about the fleet in events.jsonl."""
 _SHOWN_NAMES = 4
-_RATES = ("tokens_per_s", "forward_tokens_per_s", "efficiency")
+_RATES = ("tokens_per_s", "forward_tokens_per_s", "efficiency", "padding")
 
 
 def capture(work: Workspace) -> dict[str, Any]:

@@ -146,6 +146,21 @@ def test_failed_starts_back_off_and_end_the_work_when_nobody_is_ready() -> None:
     assert fleet.dispatcher.finished and str(fleet.dispatcher.error) == "gone"
 
 
+def test_failed_starts_wait_for_those_on_their_way() -> None:
+    fleet = Fleet(100, [ReplicaKind("local", max=5)])
+    for replica in (1, 2, 3):
+        fleet.tell(lost(replica))
+    fleet.go(60.0)
+    assert fleet.dispatcher.error is None and len(fleet.all(Start)) == 5, "no new ones before it is known"
+    fleet.ready(4)
+    fleet.go(60.0)
+    assert len(fleet.all(Start)) == 8
+    hopeless = Fleet(100, [ReplicaKind("local", max=5)])
+    for replica in (1, 2, 3, 4, 5):
+        hopeless.tell(lost(replica))
+    assert hopeless.dispatcher.error is not None
+
+
 def test_failed_starts_do_not_end_the_work_while_others_work() -> None:
     fleet = Fleet(100, [ReplicaKind("local", max=2)])
     fleet.ready(1)

@@ -48,6 +48,11 @@ def plan_batches(lengths: Int64Array, batch_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
+def padded_tokens(lengths: Int64Array, batch_tokens: int) -> int:
+    """Return the tokens of all batches of `plan_batches`, padding included."""
+    return sum(len(batch) * int(lengths[batch[0]]) for batch in plan_batches(lengths, batch_tokens))
+
+
 def model_inputs(samples: SampleBatch) -> ModelInputs:
     """Pad samples to one length and build positions and, where needed, the block-diagonal causal mask."""
     lengths = samples.lengths()

@@ -3,14 +3,17 @@
 import os
 import socket
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from storage.errors import WorkerError
 from storage.identity import DatasetIdentity
 from storage.object_store import Store
 from storage.sample_set import SampleSet
 from storage.samples import SampleBatch
+from storage.targets import TargetBatch
 from storage.writer import DatasetWriter, Receipt
 from workers.config import TeacherConfig
 from workers.units import WorkUnit
@@ -55,6 +58,25 @@ class UnitReceipt:
     selection_s: float = 0.0
     commit_s: float = 0.0
     """Merging, encoding and writing."""
+    padded_tokens: int = 0
+    """Tokens of the forward passes, padding included."""
+    batch_tokens: int = 0
+    """Limit of a batch by the end of the unit: less than configured where memory ran out."""
+
+
+class BatchTooLargeError(WorkerError):
+    """A batch ran out of memory on a replica of several ranks, which cannot go on; a new one takes smaller batches."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """A unit between scoring and commit."""
+
+    samples: SampleBatch
+    part: Any
+    """Rank 0's `scoring.ScoredPart`."""
+    padded_tokens: int = 0
+    batch_tokens: int = 0
 
 
 class Rank:
@@ -66,7 +88,7 @@ class Rank:
 
     def __init__(self) -> None:
         self._progress = 0
-        self._scored: dict[str, tuple[SampleBatch, Any]] = {}
+        self._scored: dict[str, Scored] = {}
         """Units that this rank has scored and not committed yet; of rank 0 only."""
 
     def beat(self) -> int:
@@ -94,6 +116,7 @@ class Rank:
 
         torch.set_num_threads(place.threads)
         from storage.heads import FINAL, save_head
+        from workers.local.fit import check_fit, host_free_bytes, memory_need
         from workers.local.head import output_head
         from workers.local.hooks import attention_module, check_layers
         from workers.local.memory import keep_freed_memory
@@ -110,6 +133,9 @@ class Rank:
                 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             deepspeed.init_distributed(dist_backend="nccl" if place.device == "cuda" else "gloo", verbose=False)
         capture = job.identity.capture
+        device_free = torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else None
+        need = memory_need(job.model_folder, job.teacher)
+        check_fit(need, job.teacher, host_free_bytes(), device_free, place.num_local_ranks)
         model = load_model(job.model_folder, job.teacher, self.device, "eager" if capture.attention else None)
         check_layers(model, capture.hidden)
         for layer in capture.attention:
@@ -129,15 +155,22 @@ class Rank:
         Returns a list with a reference to its `scoring.ScoredPart`, empty on rank 0, which keeps its own, and where
         the dataset holds the unit already.
         """
+        from workers.local.batching import padded_tokens
         from workers.local.scoring import score_part
 
         if self._is_committed(unit):
             return []
         samples = self.samples.read(unit.rows)
         rank, num_ranks = self.place.rank, self.place.num_ranks
-        part = score_part(self.model, samples, self.settings, rank, num_ranks, self.device, self._advance)
+        while True:
+            try:
+                part = score_part(self.model, samples, self.settings, rank, num_ranks, self.device, self._advance)
+                break
+            except Exception as error:
+                self._take_smaller_batches(error, int(samples.lengths().max()))
         if rank == 0:
-            self._scored[unit.unit_id] = (samples, part)
+            limit = self.settings.batch_tokens
+            self._scored[unit.unit_id] = Scored(samples, part, padded_tokens(samples.lengths(), limit), limit)
             return []
         import ray
 
@@ -145,29 +178,56 @@ class Rank:
 
     def commit(self, unit: WorkUnit, attempt: str, *boxes: Any) -> UnitReceipt:
         """Put the ranks' parts together and commit the unit; asked of rank 0. `boxes` are what `score` returned."""
-        import ray
-
-        from workers.local.scoring import merge_parts
-
         start = time.perf_counter()
         found = self._scored.pop(unit.unit_id, None)
         if found is None:
             before = self.writer.committed(unit.unit_id)
             assert before is not None, "a unit that rank 0 has not scored was committed before"
             return UnitReceipt(before, scored=False)
-        samples, own = found
-        parts = [own, *ray.get([reference for box in boxes for reference in box])]
-        receipt = self.writer.commit(unit.unit_id, samples, merge_parts(samples, parts, self.settings), attempt)
+        samples = found.samples
+        parts = [found.part, *_fetch([reference for box in boxes for reference in box])]
+        receipt = self.writer.commit(unit.unit_id, samples, self._merge(samples, parts), attempt)
         self._advance()
         return UnitReceipt(
             receipt=receipt,
             forward_s=max(part.forward_s for part in parts),
             selection_s=max(part.selection_s for part in parts),
             commit_s=time.perf_counter() - start,
+            padded_tokens=found.padded_tokens,
+            batch_tokens=found.batch_tokens,
         )
+
+    def _merge(self, samples: SampleBatch, parts: Sequence[Any]) -> TargetBatch:
+        from workers.local.scoring import merge_parts
+
+        return merge_parts(samples, parts, self.settings)
 
     def _advance(self) -> None:
         self._progress += 1
+
+    def _take_smaller_batches(self, error: Exception, longest: int) -> None:
+        """Halve the batches from now on when memory ran out; raise anything else, and what cannot be halved."""
+        import gc
+
+        import torch
+
+        from workers.local.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise error
+        before = self.settings.batch_tokens
+        if before <= longest:
+            raise WorkerError(
+                f"one window of {longest} tokens runs out of memory on rank {self.place.rank} ({_first_line(error)}); "
+                "shorten data.window_tokens, or raise teacher.ranks"
+            ) from error
+        if self.place.num_ranks > 1:
+            raise BatchTooLargeError(f"a batch of {before} tokens runs out of memory: {_first_line(error)}") from error
+        self.settings = replace(self.settings, batch_tokens=before // 2)
+        error.__traceback__ = None  # it holds the tensors of the failed batch
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _is_committed(self, unit: WorkUnit) -> bool:
         """Tell whether the dataset holds a unit; all ranks give rank 0's answer, since they must do the same."""
@@ -179,6 +239,19 @@ class Rank:
         answer = torch.tensor([found], dtype=torch.int32, device=self.device)
         torch.distributed.broadcast(answer, 0)
         return bool(answer.item())
+
+
+def _fetch(references: Sequence[Any]) -> list[Any]:
+    """Return other ranks' parts."""
+    if not references:
+        return []
+    import ray
+
+    return list(ray.get(list(references)))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def scoring_settings(job: CaptureJob) -> Any:

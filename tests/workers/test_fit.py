@@ -1,0 +1,87 @@
+"""Whether a teacher fits is told before it is loaded, and placement before waiting."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from storage.errors import InputError
+from workers.config import ReplicasConfig, TeacherConfig
+from workers.local.fit import check_fit, host_free_bytes, memory_need
+from workers.resources import NodeShape, describe, placement_strategy
+
+GIB = 2**30
+
+
+def model_folder(folder: Path) -> Path:
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 1000}))
+    save_file({"w": np.zeros((1000, 500), dtype=np.float16)}, str(folder / "model.safetensors"))
+    return folder
+
+
+def test_need_follows_precision_sharding_and_batch(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path)
+    whole = memory_need(folder, TeacherConfig(dtype="float32", sharding="none", batch_tokens=100))
+    assert (whole.weights, whole.logits, whole.loading) == (2_000_000, 400_000, 2_000_000)
+    half = memory_need(folder, TeacherConfig(dtype="bfloat16", sharding="zero3", ranks=4, batch_tokens=100))
+    assert (half.weights, half.logits, half.loading) == (250_000, 200_000, 1_000_000)
+
+
+def test_a_model_too_large_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    teacher = TeacherConfig(name="big", dtype="float32", sharding="none", batch_tokens=100)
+    need = memory_need(model_folder(tmp_path), teacher)
+    check_fit(need, teacher, host_free=GIB, device_free=None, ranks_here=1)
+    check_fit(need, teacher, host_free=GIB, device_free=2_400_000, ranks_here=1)
+    with pytest.raises(InputError, match=r"teacher big does not fit.*needs 2\.3 MiB of host memory.*1\.9 MiB is there"):
+        check_fit(need, teacher, host_free=2_000_000, device_free=None, ranks_here=1)
+    with pytest.raises(InputError, match=r"its accelerator has 2\.2 MiB free; raise teacher\.ranks \(now 1"):
+        check_fit(need, teacher, host_free=GIB, device_free=2_300_000, ranks_here=1)
+    with pytest.raises(InputError, match="each of the 600 ranks on this node"):
+        check_fit(need, teacher, host_free=GIB, device_free=None, ranks_here=600)
+
+
+def test_a_container_limit_counts_as_the_memory_there_is(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:       2000 kB\nMemAvailable:   1000 kB\n")
+    assert host_free_bytes(meminfo, tmp_path) == 1000 * 1024
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("5\n")
+    assert host_free_bytes(meminfo, tmp_path) == 1000 * 1024
+    (tmp_path / "memory.max").write_text("400\n")
+    assert host_free_bytes(meminfo, tmp_path) == 395
+
+
+GPU_RANK = {"CPU": 1.0, "GPU": 1.0}
+
+
+@pytest.mark.parametrize(
+    "shapes,expected",
+    [
+        ([NodeShape({"CPU": 8, "GPU": 4}, 1)], "STRICT_PACK"),
+        ([NodeShape({"CPU": 8, "GPU": 2}, 2)], "PACK"),
+        ([NodeShape({"CPU": 8}, 1), NodeShape({"CPU": 8, "GPU": 4}, 3)], "STRICT_PACK"),
+        ([NodeShape({"CPU": 1, "GPU": 1}, 1), NodeShape({"CPU": 3, "GPU": 8}, 1)], "PACK"),
+    ],
+)
+def test_one_node_where_one_node_can(shapes: list[NodeShape], expected: str) -> None:
+    assert placement_strategy(GPU_RANK, 4, shapes) == expected
+
+
+def test_what_no_node_can_give_is_said_at_once() -> None:
+    shapes = [NodeShape({"CPU": 8.0, "memory": 1e9}, 1), NodeShape({"CPU": 4.0, "GPU": 1.0}, 3)]
+    with pytest.raises(InputError) as caught:
+        placement_strategy(GPU_RANK, 4, shapes)
+    assert "a replica needs 4 × {CPU: 1, GPU: 1}" in str(caught.value)
+    assert "1 × {CPU: 8}; 3 × {CPU: 4, GPU: 1}" in str(caught.value)
+    with pytest.raises(InputError, match="can never give that"):
+        placement_strategy(GPU_RANK, 1, [NodeShape({"CPU": 4.0, "GPU": 1.0}, 0)])
+    assert describe({"CPU": 1.0}, 2) == "2 × {CPU: 1}"
+
+
+def test_replicas_are_a_number_or_a_range() -> None:
+    assert TeacherConfig.model_validate({"replicas": 3}).replicas == ReplicasConfig(min=1, max=3)
+    assert TeacherConfig.model_validate({"replicas": {"min": 2, "max": 4}}).replicas.min == 2
+    with pytest.raises(ValueError, match="min 4 is more than max 2"):
+        ReplicasConfig(min=4, max=2)
