@@ -101,11 +101,12 @@ def inspect(
     sample: Annotated[
         str | None, typer.Option("--sample", metavar="N|ID", help="Show this sample with the teacher's choices.")
     ] = None,
+    card: Annotated[bool, typer.Option("--card", help="Write the dataset's card, README.md, and print it.")] = False,
 ) -> None:
     """What a dataset holds; a sample's tokens with the teacher's top choices, tail and entropy."""
     from cluster import commands
 
-    _run(lambda out: commands.inspect(out, target, set_ or [], run_dir, sample), as_json, debug)
+    _run(lambda out: commands.inspect(out, target, set_ or [], run_dir, sample, card), as_json, debug)
 
 
 @app.command()
@@ -133,6 +134,56 @@ def compact(
     from cluster import maintenance
 
     _run(lambda out: maintenance.compact(out, target, set_ or [], run_dir), as_json, debug)
+
+
+@app.command()
+def export(
+    target: Target,
+    to: Annotated[str, typer.Option("--to", metavar="URL", help="Where the copy is made.")],
+    set_: Set = None,
+    run_dir: RunDirectory = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Copies a dataset into plain Parquet that any other tool reads, whatever codec packs it."""
+    from cluster import exchange
+
+    _run(lambda out: exchange.export(out, target, set_ or [], run_dir, to), as_json, debug)
+
+
+@app.command(name="import")
+def import_(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="Config, or URL of the dataset to make.")],
+    from_: Annotated[str, typer.Option("--from", metavar="URL", help="Folder of the other tool's cache.")],
+    file_format: Annotated[str, typer.Option("--format", metavar="NAME", help="distillkit")],
+    teacher: Annotated[str, typer.Option("--teacher", metavar="NAME", help="The model that the cache came from.")],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option("--tokenizer", metavar="FOLDER", help="Its tokenizer (default: of the config's teacher)."),
+    ] = None,
+    source: Annotated[
+        str, typer.Option("--source", metavar="NAME", help="Name of the corpus, for curriculum and reports.")
+    ] = "imported",
+    format_config: Annotated[
+        str | None,
+        typer.Option("--format-config", metavar="URL", help="Compression config (default: beside the rows)."),
+    ] = None,
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="NAME", help="Precision of the teacher's forward pass.")
+    ] = "unknown",
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Leave rows out of contract out instead of refusing them all.")
+    ] = False,
+    set_: Set = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Reads another tool's cache of teacher logits into a dataset; checks every row before it stores the first."""
+    from cluster import exchange
+    from storage.importers.dataset import ImportSettings
+
+    settings = ImportSettings(from_, teacher, source, format_config, precision, skip_bad_rows)
+    _run(lambda out: exchange.import_cache(out, target, set_ or [], settings, file_format, tokenizer), as_json, debug)
 
 
 @app.command()

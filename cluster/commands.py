@@ -46,15 +46,26 @@ def stages(out: Terminal, path: str, overrides: Sequence[str], run_dir: str | No
 
 
 def inspect(
-    out: Terminal, target: str, overrides: Sequence[str], run_dir: str | None, sample: str | None
+    out: Terminal,
+    target: str,
+    overrides: Sequence[str],
+    run_dir: str | None,
+    sample: str | None,
+    card: bool = False,
 ) -> dict[str, Any]:
-    """Show a dataset, or one of its samples."""
+    """Show a dataset, one of its samples, or its card, which is written anew."""
     from cluster.inspect import describe_dataset, describe_sample, find_sample, sample_json
     from cluster.tables import show_dataset, show_sample
     from storage.reader import Dataset
 
     url, run = dataset_of(out, target, overrides, run_dir)
     dataset = Dataset.open(url)
+    if card:
+        from storage.card import render_card, write_card
+
+        key = write_card(dataset)
+        out.say(render_card(dataset))
+        return {"card": dataset.store.shown(key)}
     if sample is None:
         facts = describe_dataset(dataset)
         show_dataset(out, facts)

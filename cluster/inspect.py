@@ -3,20 +3,36 @@
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from cluster.sample_view import SampleView, view_sample
+from storage.card import CARD_KEY
 from storage.columns import column_bytes
 from storage.errors import InputError
+from storage.heads import HEAD_PREFIX
+from storage.hidden import NUMPY_DTYPES, stored_columns
+from storage.projection import load_projection
+from storage.range_file import RangeFile
 from storage.reader import Dataset
 from storage.samples import ID_BYTES
+from storage.schema import file_metadata
 from storage.tokenizer import Tokenizer
+
+MOST_UNITS = 16
+"""Data files whose footers are looked at for the bytes of each column."""
 
 
 def describe_dataset(dataset: Dataset) -> dict[str, Any]:
-    """Return identity, sizes and column bytes of a dataset as JSON values; reads manifests, ids and footers only."""
+    """Return identity, sizes and column bytes of a dataset as JSON values; reads records, ids and footers only."""
     totals = dataset.totals()
+    looked_at = int(dataset.catalog.positions[:MOST_UNITS].sum())
+    columns = column_bytes(dataset, MOST_UNITS)
     return {
         "url": dataset.store.shown(),
         "codec": dataset.info.codec,
+        "schema_version": dataset.info.schema_version,
         "created_by": dataset.info.created_by,
         "fingerprint": dataset.info.fingerprint,
         "identity": dataset.identity.model_dump(mode="json"),
@@ -24,8 +40,38 @@ def describe_dataset(dataset: Dataset) -> dict[str, Any]:
         "duplicates": dataset.catalog.num_duplicates,
         **asdict(totals),
         "bytes_per_token": round(totals.bytes_per_token, 3),
-        "columns": dict(column_bytes(dataset)),
+        "columns": dict(columns),
+        "column_bytes_per_token": {name: round(size / max(looked_at, 1), 4) for name, size in columns},
+        "hidden": _hidden(dataset),
+        "attention": dataset.identity.capture.attention,
+        "head": len(dataset.store.list(HEAD_PREFIX)) > 0,
+        "card": dataset.store.exists(CARD_KEY),
     }
+
+
+def _hidden(dataset: Dataset) -> dict[str, Any]:
+    """Return, for each layer of hidden states, `{dtype, width, bytes_per_state, projection_loss}`."""
+    if not dataset.manifests or not dataset.identity.capture.hidden:
+        return {}
+    record = dataset.manifests[0]
+    source = pa.PythonFile(RangeFile(dataset.store, record.data_key, record.bytes), mode="r")
+    layouts = file_metadata(pq.read_schema(source)).hidden
+    digest = dataset.identity.capture.projection
+    loss = load_projection(dataset.store, digest).loss if digest is not None else {}
+    return {
+        layer: {
+            "dtype": layout.dtype,
+            "width": layout.width,
+            "bytes_per_state": stored_columns(layout.dtype, layout.width)
+            * np.dtype(NUMPY_DTYPES[layout.dtype]).itemsize,
+            "projection_loss": loss.get(layer),
+        }
+        for layer, layout in layouts.items()
+    }
+
+
+def _state_bytes(dtype: str, width: int) -> int:
+    return stored_columns(dtype, width) * np.dtype(NUMPY_DTYPES[dtype]).itemsize
 
 
 def find_sample(dataset: Dataset, wanted: str) -> bytes:

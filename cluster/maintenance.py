@@ -9,10 +9,12 @@ from cluster.commands import dataset_of
 from cluster.figures import count, size
 from cluster.terminal import Terminal
 from storage import compaction
+from storage.card import write_card
 from storage.errors import InputError
 from storage.gc import collect_garbage
 from storage.info import read_info
 from storage.object_store import Store
+from storage.reader import Dataset
 
 _SHOWN = 20
 
@@ -22,6 +24,7 @@ def compact(out: Terminal, target: str, overrides: Sequence[str], run_dir: str |
     store = Store(dataset_of(out, target, overrides, run_dir)[0])
     found = compaction.compact(store, read_info(store))
     done = f"{found.added} units added" if found.added else "nothing to add"
+    write_card(Dataset.open(store.url))
     out.say(f"index generation {found.generation}: {found.units} units, {count(found.samples)} samples; {done}")
     return asdict(found)
 

@@ -114,19 +114,36 @@ def show_dataset(out: Terminal, facts: dict[str, Any]) -> None:
         f"{identity['precision']}",
     )
     rows.add_row("tokenizer", f"{identity['tokenizer']['vocab_size']:,} ids, {identity['tokenizer']['digest'][:16]}…")
-    kept = {key: value for key, value in capture.items() if value not in (None, [], "") and key != "kind"}
-    rows.add_row("targets", f"{capture['kind']} {', '.join(f'{key} {value}' for key, value in kept.items())}")
-    again = f" ({facts['duplicates']} held twice)" if facts["duplicates"] else ""
-    rows.add_row(
-        "holds", f"{facts['samples']:,} samples{again}, {facts['tokens']:,} tokens in {facts['units']:,} units"
-    )
+    aside = {"kind", "hidden", "hidden_dtype", "hidden_projection", "projection", "attention"}
+    kept = [f"{key} {value}" for key, value in capture.items() if key not in aside and value not in (None, [], "")]
+    rows.add_row("targets", ", ".join([capture["kind"], *kept]))
+    for layer, found in facts["hidden"].items():
+        rows.add_row("hidden state", _hidden_line(layer, found, capture, facts["head"]))
+    if facts["attention"]:
+        rows.add_row("attention", ", ".join(facts["attention"]))
+    rows.add_row("codec", f"{facts['codec']}, schema version {facts['schema_version']}, {facts['created_by']}")
+    again = f", {facts['duplicates']:,} of them held twice" if facts["duplicates"] else ", none held twice"
+    rows.add_row("holds", f"{facts['samples']:,} samples{again}")
+    rows.add_row("", f"{facts['tokens']:,} tokens, {facts['supervised']:,} supervised, in {facts['units']:,} units")
     rows.add_row("size", f"{size(facts['bytes'])}, {facts['bytes_per_token']:.2f} bytes per supervised token")
+    rows.add_row("card", "README.md" if facts["card"] else "none; `lectern inspect --card` writes it")
     out.show(rows)
-    columns = _table("column", "compressed", "share")
+    columns = _table("column", "bytes per token", "compressed", "share")
     total = max(sum(facts["columns"].values()), 1)
     for name, value in facts["columns"].items():
-        columns.add_row(name, size(value), f"{value / total:.1%}")
+        columns.add_row(name, f"{facts['column_bytes_per_token'][name]:.2f}", size(value), f"{value / total:.1%}")
     out.show(columns)
+
+
+def _hidden_line(layer: str, found: dict[str, Any], capture: dict[str, Any], has_head: bool) -> str:
+    parts = [f"{layer}: {found['dtype']} × {found['width']:,}, {found['bytes_per_state']:,} bytes a state"]
+    if capture.get("hidden_every"):
+        parts.append(f"at one position in {1 / min(1 / capture['hidden_every'], capture['hidden_every']):g}")
+    if found["projection_loss"] is not None:
+        parts.append(f"projected, {found['projection_loss']:.2%} of the variance lost")
+    if layer == "final":
+        parts.append("with its output head" if has_head else "without its output head")
+    return ", ".join(parts)
 
 
 def show_sample(out: Terminal, view: "SampleView") -> None:

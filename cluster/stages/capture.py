@@ -9,6 +9,7 @@ from cluster.figures import count
 from cluster.progress import Shown
 from cluster.selection import capture_rows
 from cluster.workspace import Workspace
+from storage.card import write_card
 from storage.compaction import compact_if_due
 from storage.errors import WorkerError
 from storage.info import read_info
@@ -43,6 +44,8 @@ def capture(work: Workspace) -> dict[str, Any]:
         outcome.facts = {key: result[key] for key in ("scored_samples", "reused_samples")}
         task.note(f"{count(result['scored_samples'])} samples scored, {count(result['reused_samples'])} reused")
     work.run.finish("capture", work.identity.fingerprint, result)
+    if result["scored_samples"]:
+        write_card(open_dataset(work))
     if failed:
         raise WorkerError(
             f"{len(failed)} units could not be scored, the first after {failed[0]['attempts']} attempts: "

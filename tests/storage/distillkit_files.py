@@ -74,3 +74,40 @@ def write_cache(folder: Path, rows: list[dict[str, Any]], config: dict[str, Any]
         lists = {name: pa.list_(pa.list_(pa.uint8())) for name in ("compressed_logprobs", "bytepacked_indices")}
         schema = pa.schema([(name, lists.get(name, pa.list_(pa.int64()))) for name in written[0]])
         pq.write_table(pa.Table.from_pylist(written, schema), folder / f"data_{n // rows_per_file}.parquet")
+
+
+def rows_of(num_rows: int, seed: int = 0, vocab_size: int = 500) -> list[dict[str, Any]]:
+    """Return captured rows; every third is packed of two documents and cut to the positions that have targets."""
+    rng, rows = np.random.default_rng(seed), []
+    for n in range(num_rows):
+        length = int(rng.integers(4, 20))
+        packed = n % 3 == 2
+        ids, logprobs = distributions(rng, length if packed else length - 1, vocab_size, 12)
+        row = {"input_ids": rng.integers(0, vocab_size, length).tolist(), "ids": ids, "logprobs": logprobs}
+        if not packed:
+            row["attention_mask"] = [1] * length
+        else:
+            row["attention_mask"] = [1] * (length // 2) + [2] * (length - length // 2)
+        rows.append(row)
+    return rows
+
+
+def spoiled(kind: str, vocab_size: int = 500) -> dict[str, Any]:
+    """Return a row that is out of contract in the named way."""
+    row = rows_of(1, 5, vocab_size)[0]
+    if kind == "heavy":
+        row["logprobs"] = row["logprobs"] + 2.0 - row["logprobs"][:, :1].max()
+        row["logprobs"][:, :] = np.minimum(row["logprobs"], -0.5)
+    if kind == "logits":
+        row["logprobs"] = row["logprobs"] + 9
+    if kind == "nan":
+        row["logprobs"][1, 2] = np.nan
+    if kind == "twice":
+        row["ids"][2, 1] = row["ids"][2, 0]
+    if kind == "outside":
+        row["ids"][2, 1] = 509
+    if kind == "short":
+        row["ids"], row["logprobs"] = row["ids"][:-2], row["logprobs"][:-2]
+    if kind == "token":
+        row["input_ids"][1] = 501
+    return row

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from distillkit_files import CONFIG, compress, distributions, pack_bits, write_cache
+from distillkit_files import CONFIG, compress, distributions, pack_bits, rows_of, spoiled, write_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models
@@ -98,22 +98,6 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
-def rows_of(num_rows: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Return captured rows; every third is packed of two documents and cut to the positions that have targets."""
-    rng, rows = np.random.default_rng(seed), []
-    for n in range(num_rows):
-        length = int(rng.integers(4, 20))
-        packed = n % 3 == 2
-        ids, logprobs = distributions(rng, length if packed else length - 1, 500, 12)
-        row = {"input_ids": rng.integers(0, 500, length).tolist(), "ids": ids, "logprobs": logprobs}
-        if not packed:
-            row["attention_mask"] = [1] * length
-        else:
-            row["attention_mask"] = [1] * (length // 2) + [2] * (length - length // 2)
-        rows.append(row)
-    return rows
-
-
 def imported(folder: Path, tokenizer: Tokenizer, name: str = "dataset", **changes: Any) -> tuple[ImportResult, Dataset]:
     asked = replace(ImportSettings(str(folder / "cache"), "a-teacher"), **changes)
     result = import_dataset(asked, tokenizer, str(folder / name))
@@ -165,26 +149,6 @@ def test_padding_and_unlabelled_tokens_are_not_supervised(tmp_path: Path, tokeni
     sample = dataset.read(dataset.catalog.sample_ids)[0].sample(0)
     assert sample.tokens.tolist() == row["input_ids"][:-2]
     assert np.flatnonzero(sample.supervised).tolist() == list(range(3, length - 2))
-
-
-def spoiled(kind: str) -> dict[str, Any]:
-    row = rows_of(1, seed=5)[0]
-    if kind == "heavy":
-        row["logprobs"] = row["logprobs"] + 2.0 - row["logprobs"][:, :1].max()
-        row["logprobs"][:, :] = np.minimum(row["logprobs"], -0.5)
-    if kind == "logits":
-        row["logprobs"] = row["logprobs"] + 9
-    if kind == "nan":
-        row["logprobs"][1, 2] = np.nan
-    if kind == "twice":
-        row["ids"][2, 1] = row["ids"][2, 0]
-    if kind == "outside":
-        row["ids"][2, 1] = 509
-    if kind == "short":
-        row["ids"], row["logprobs"] = row["ids"][:-2], row["logprobs"][:-2]
-    if kind == "token":
-        row["input_ids"][1] = 501
-    return row
 
 
 @pytest.mark.parametrize(
