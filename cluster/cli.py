@@ -60,6 +60,16 @@ def plan(
 
 
 @app.command()
+def generate(
+    config: Config, set_: Set = None, run_dir: RunDirectory = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """The teacher writes completions for prompts, kept as Parquet; nothing is paid for twice."""
+    from cluster import commands
+
+    _run(lambda out: commands.generate(out, config, set_ or [], run_dir), as_json, debug)
+
+
+@app.command()
 def capture(
     config: Config, set_: Set = None, run_dir: RunDirectory = None, as_json: Json = False, debug: Debug = False
 ) -> None:

@@ -116,6 +116,23 @@ def report(out: Terminal, target: str, overrides: Sequence[str], run_dir: str | 
     return summary
 
 
+def generate(out: Terminal, path: str, overrides: Sequence[str], run_dir: str | None) -> dict[str, Any]:
+    """Have the teacher write completions."""
+    config = load_config(path, overrides)
+    from cluster.stages.generate import generate as write
+    from cluster.tables import show_generated
+
+    run = _run_dir(out, path, run_dir)
+    with run.locked():
+        run.write_config(config)
+        try:
+            found = write(config, run, Progress(out.stream))
+        finally:
+            run.flush()
+    show_generated(out, found)
+    return found
+
+
 def ledger(
     out: Terminal,
     target: str,

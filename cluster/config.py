@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from storage.config import CacheConfig, DataConfig
 from storage.settings import Settings
 from trainer.config import CurriculumConfig, EvaluateConfig, StudentConfig, TrainConfig
+from workers.api.config import GenerateConfig
 from workers.config import BudgetConfig, TeacherConfig
 
 
@@ -33,6 +34,7 @@ class RunConfig(Settings):
     curriculum: CurriculumConfig = CurriculumConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    generate: GenerateConfig = GenerateConfig()
     budget: BudgetConfig = BudgetConfig()
     cluster: ClusterConfig = ClusterConfig()
 

@@ -100,6 +100,20 @@ def _known(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
+def show_generated(out: Terminal, found: dict[str, Any]) -> None:
+    """Print what a generation came to; see `stages.generate.generate`."""
+    facts = _facts()
+    facts.add_row("completions", f"{found['kept']:,} kept in {found['url']}")
+    for name in ("filtered", "set_aside"):
+        if found[name]:
+            parts = ", ".join(f"{number:,} {reason}" for reason, number in found[name].items())
+            facts.add_row(name.replace("_", " "), parts)
+    facts.add_row("requests", f"{found['answered']:,} answered, {found['reused']:,} on disk before")
+    cost = found["cost"]
+    facts.add_row("spent", f"{cost['spent']:,.6g} {cost['currency']}, {cost['reserved']:,.6g} reserved")
+    out.show(facts)
+
+
 def show_dataset(out: Terminal, facts: dict[str, Any]) -> None:
     """Print what a dataset holds; see `inspect.describe_dataset`."""
     identity = facts["identity"]

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from storage.settings import Settings
+from workers.api.config import ApiConfig
 
 
 class EmbeddedTeacherConfig(Settings):
@@ -44,10 +45,11 @@ class ReplicasConfig(Settings):
 class TeacherConfig(Settings):
     """Which model is distilled, and how it is run."""
 
-    kind: Literal["local"] = "local"
-    """`local`: loaded here and sharded with DeepSpeed."""
+    kind: Literal["local", "api"] = "local"
+    """`local`: loaded here and sharded with DeepSpeed; `api`: behind an OpenAI-compatible endpoint."""
     name: str = "embedded"
-    """`embedded`, a folder, or a hub name of any `AutoModelForCausalLM`."""
+    """`embedded`, a folder, or a hub name of any `AutoModelForCausalLM`; of an `api` teacher only its tokenizer and
+    config are used."""
     revision: str | None = None
     """Commit of a hub model; pinned into the dataset's identity."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -69,6 +71,8 @@ class TeacherConfig(Settings):
     """Seconds a unit may take before its replica counts as hung and is replaced."""
     heartbeat_timeout_s: float = Field(default=300.0, gt=0)
     """Seconds in which every rank must answer, and finish a batch while it has work; else its replica is replaced."""
+    api: ApiConfig = ApiConfig()
+    """The endpoint of an `api` teacher."""
     embedded: EmbeddedTeacherConfig = EmbeddedTeacherConfig()
     """Shape of the embedded teacher; used where `name` is `embedded`."""
 

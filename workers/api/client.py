@@ -100,6 +100,12 @@ class ApiClient:
             InputError: key, model or request are wrong for all requests alike.
             StorageError: the ledger cannot be written.
         """
+        most = self.api.context_tokens
+        if most is not None and request.least_input + request.most_output > most:
+            raise SetAsideError(
+                f"a prompt of at least {request.least_input} tokens and max_tokens {request.most_output} exceed the "
+                f"context of {most} tokens"
+            )
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self.api.max_attempts),
             wait=self._wait,

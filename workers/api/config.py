@@ -1,5 +1,6 @@
 """The part of the config that is about an endpoint: where it is, what it costs, how it may be used."""
 
+import re
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -81,3 +82,69 @@ class ApiConfig(Settings):
 
 Signal = Literal["prompt_scoring", "generation_logprobs", "text"]
 """What an endpoint gives, richest first."""
+
+
+class FilterConfig(Settings):
+    """What a completion must be to be kept; a limit that is none is not looked at. Filtered ones are kept apart."""
+
+    finished: bool = True
+    """The teacher came to an end by itself (`finish_reason` is `stop`)."""
+    answer_chars: tuple[int, int] | None = None
+    """Least and most characters of the answer."""
+    reasoning_chars: tuple[int, int] | None = None
+    """Least and most characters of the reasoning."""
+    script: str | None = None
+    """Unicode script that at least nine tenths of the letters must have, e.g. `latin`, `cyrillic`, `cjk`."""
+    repetition: float | None = Field(default=None, gt=0, le=1)
+    """Largest share of the eight-word runs of reasoning and answer that occurred before in the same completion."""
+    duplicate: bool = True
+    """The answer and reasoning of an earlier kept completion of the same prompt, whatever the white space."""
+    format: str | None = None
+    """Regular expression that must be found in the answer, e.g. `\\\\boxed\\{.+\\}`."""
+    checker: str | None = None
+    """Compares the answer with the prompt's reference: `exact`, `numeric`, or `module:function` of your own, called
+    with answer, reference and the prompt's row; true keeps the completion."""
+
+    @model_validator(mode="after")
+    def _can_be_applied(self) -> Self:
+        if self.format is not None:
+            try:
+                re.compile(self.format)
+            except re.error as error:
+                raise ValueError(f"generate.filters.format is no regular expression: {error}") from error
+        if self.checker not in {None, "exact", "numeric"} and not re.fullmatch(r"[\w.]+:\w+", self.checker or ""):
+            raise ValueError(f"generate.filters.checker {self.checker!r} must be exact, numeric or module:function")
+        return self
+
+
+class GenerateConfig(Settings):
+    """Completions that the teacher writes for prompts; `lectern generate`."""
+
+    prompts: str | list[str] | None = None
+    """JSONL or Parquet files with the prompts: fsspec URLs, globs are expanded and sorted."""
+    prompt_field: str = "prompt"
+    """Field of the prompt's text."""
+    messages_field: str = "messages"
+    """Field that holds chat messages; used where present."""
+    reference_field: str = "reference"
+    """Field of the right answer, for `filters.checker`."""
+    max_prompts: int | None = Field(default=None, ge=1)
+    """Use at most this many prompts; none means all."""
+    url: str | None = None
+    """Where the completions go; what is paid for lies beside the dataset, in `cache.url`."""
+    system: str | None = None
+    """System message put before each prompt."""
+    samples: int = Field(default=1, ge=1)
+    """Completions for each prompt."""
+    max_tokens: int = Field(default=4096, ge=1)
+    """Most tokens of a completion, reasoning included; what is reserved for each attempt."""
+    temperature: float = Field(default=0.6, ge=0)
+    """Sampling temperature."""
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    """Nucleus of the sampling."""
+    batch_files: bool = False
+    """Send requests in batch files, at `prices.batch_factor`, answered within a day."""
+    completion_format: str = "<think>\n{reasoning}\n</think>\n\n{answer}"
+    """How reasoning and answer make the text that a student learns; without reasoning it is the answer alone."""
+    filters: FilterConfig = FilterConfig()
+    """What a completion must be to be kept."""

@@ -1,0 +1,94 @@
+"""The teacher writes completions for prompts: asked, filtered, kept as Parquet."""
+
+import time
+from typing import Any
+
+from cluster.budget import check_budget, standing_text, token_counter
+from cluster.config import RunConfig
+from cluster.progress import Progress, Shown
+from cluster.rundir import RunDir
+from cluster.stages.ledger import budget_of, ledger_store
+from storage.errors import InputError, WorkerError
+from storage.object_store import Store
+from workers.api.answers import AnswerStore
+from workers.api.client import ApiClient
+from workers.api.completions import write_completions
+from workers.api.filters import make_checker
+from workers.api.generation import AskResult, ask_all, keyed_requests, run_asking
+from workers.api.key import read_key
+from workers.api.prompts import read_prompts
+from workers.ledger.client import LedgerClient
+from workers.ledger.ledger import Ledger, describe
+
+NOTE_EVERY_S = 0.5
+
+
+def generate(config: RunConfig, run: RunDir, progress: Progress) -> dict[str, Any]:
+    """Ask for every completion that is not on disk, then write all that are.
+
+    Returns the summary of `write_completions` with `{url, answered, reused, cost}`.
+
+    Raises:
+        InputError: endpoint, key, prices, prompts or a filter are wrong; nothing was spent.
+        BudgetError: a cap ended the asking; what was paid for is written.
+        WorkerError: some requests got no answer; all others are written, and a later run asks only those.
+    """
+    own, api = config.generate, config.teacher.api
+    check_budget(config)
+    if own.url is None:
+        raise InputError("generate.url is not set; name the folder or URL that the completions go to")
+    read_key(api)
+    make_checker(own.filters.checker)
+    count = token_counter(config)
+    total = own.samples * sum(1 for _ in read_prompts(own))
+    out, paid = Store(own.url), Store(config.cache.url)
+    out.probe()
+    answers = AnswerStore(paid)
+    ledger = Ledger(ledger_store(config), budget_of(config, run))
+    began = time.monotonic()
+    run.event("stage_started", stage="generate")
+    with progress.task("Generating", "completions") as task:
+        keyed = keyed_requests(read_prompts(own), own, api, count)
+        noted = _Noted(task, ledger, total)
+
+        async def work() -> tuple[AskResult, dict[str, int]]:
+            client = ApiClient(api, LedgerClient.of(ledger), count_tokens=count)
+            try:
+                found = await ask_all(keyed, client, answers, noted.on_progress)
+            finally:
+                await client.close()
+            return found, client.counters.retried
+
+        asked, retried = run_asking(work)
+        noted.on_progress(asked, last=True)
+    summary = write_completions(out, read_prompts(own), own, api, answers, count)
+    cost = describe(ledger.standing())
+    facts = {**summary, "answered": asked.answered, "reused": asked.reused, "retried": retried, "cost": cost}
+    run.event("stage_finished", stage="generate", seconds=round(time.monotonic() - began, 3), skipped=False, **facts)
+    run.finish("generate", "", {**facts, "url": out.shown()})
+    if asked.stopped is not None:
+        raise asked.stopped
+    if asked.failed:
+        reason, number = max(asked.failed.items(), key=lambda item: item[1])
+        raise WorkerError(
+            f"{sum(asked.failed.values())} requests got no answer, {number} of them because of {reason}; all others "
+            "are written, and the same command asks only these again"
+        )
+    return {**facts, "url": out.shown()}
+
+
+class _Noted:
+    """Shows how far the asking is and what it costs, not more often than anybody can read."""
+
+    def __init__(self, task: Shown, ledger: Ledger, total: int) -> None:
+        self._task, self._ledger, self._total = task, ledger, total
+        self._at = 0.0
+
+    def on_progress(self, result: AskResult, last: bool = False) -> None:
+        """Take the counts so far."""
+        now = time.monotonic()
+        if now - self._at < NOTE_EVERY_S and not last:
+            return
+        self._at = now
+        done = result.answered + result.reused + result.set_aside
+        self._task.update(done, self._total, standing_text(self._ledger.standing(), result.answered))
