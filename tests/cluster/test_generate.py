@@ -33,7 +33,7 @@ def ready(world: World, server: Endpoint, monkeypatch: pytest.MonkeyPatch) -> Wo
     world.values["teacher"] = {
         "kind": "api",
         "api": {
-            "base_url": server.url, "model": "teacher", "key_env": "CANARY_KEY", "attempt_timeout_s": 5,
+            "base_url": server.url, "model": "teacher", "key_env": "CANARY_KEY", "attempt_timeout_s": 20,
             "prices": {"input": 1.0, "output": 2.0}, "max_wait_s": 0.1, "max_attempts": 3,
         },
     }  # fmt: skip

