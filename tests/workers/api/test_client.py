@@ -219,11 +219,9 @@ def test_concurrency_falls_and_comes_back(clean: Endpoint) -> None:
 
 
 def test_never_more_in_flight_than_allowed(clean: Endpoint, tmp_path: Path) -> None:
-    clean.control(delay_s=0.01)
-    clean.stats()
-    ask(clean, tmp_path, [chat(n) for n in range(60)], concurrency=7)
-    assert 1 < clean.stats()["most_in_flight"] <= 7
-    clean.control(delay_s=0.0)
+    with endpoint(delay_s=0.01) as own:
+        ask(own, tmp_path, [chat(n) for n in range(60)], concurrency=7)
+        assert 1 < own.stats()["most_in_flight"] <= 7
 
     async def rate() -> float:
         limiter = Limiter(100, requests_per_minute=1200)
