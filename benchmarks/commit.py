@@ -36,7 +36,6 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "storage")]
 
-from conftest import build_samples, build_targets  # noqa: E402
 from damage import build_sound, damage_trial, rows_of  # noqa: E402
 from storage_faults import CountingStore, FaultyProxy  # noqa: E402
 from trials import (  # noqa: E402
@@ -60,6 +59,7 @@ from storage.manifest import ManifestRecord  # noqa: E402
 from storage.object_store import Store  # noqa: E402
 from storage.verify import verify_dataset  # noqa: E402
 from storage.writer import DatasetWriter  # noqa: E402
+from tests.storage.conftest import build_samples, build_targets  # noqa: E402
 
 NOW = -60.0
 GROUPS = 4

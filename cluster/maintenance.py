@@ -1,5 +1,6 @@
 """The commands that keep a dataset small and tidy."""
 
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from storage.card import write_card
 from storage.errors import InputError
 from storage.gc import collect_garbage
 from storage.info import read_info
+from storage.lease import write_access
 from storage.object_store import Store
 from storage.reader import Dataset
 
@@ -22,7 +24,9 @@ _SHOWN = 20
 def compact(out: Terminal, target: str, overrides: Sequence[str], run_dir: str | None) -> dict[str, Any]:
     """Fold the records of all units into one index."""
     store = Store(dataset_of(out, target, overrides, run_dir)[0])
-    found = compaction.compact(store, read_info(store))
+    info = read_info(store)
+    with write_access(store):
+        found = compaction.compact(store, info)
     done = f"{found.added} units added" if found.added else "nothing to add"
     write_card(Dataset.open(store.url))
     out.say(f"index generation {found.generation}: {found.units} units, {count(found.samples)} samples; {done}")
@@ -35,7 +39,9 @@ def gc(
     """Remove what is older than an age and belongs to no dataset."""
     age_s = seconds(older_than)
     store = Store(dataset_of(out, target, overrides, run_dir)[0])
-    found = collect_garbage(store, read_info(store), age_s, dry_run)
+    info = read_info(store)
+    with contextlib.nullcontext() if dry_run else write_access(store):
+        found = collect_garbage(store, info, age_s, dry_run)
     for item in found.removed[:_SHOWN]:
         out.say(f"{'would remove' if dry_run else 'removed'} {item.key} ({item.reason}, {size(item.bytes)})")
     if len(found.removed) > _SHOWN:
@@ -61,5 +67,6 @@ def seconds(age: str) -> float:
 def drop(out: Terminal, url: str, units: Sequence[str]) -> None:
     """Take damaged units out of a dataset."""
     store = Store(url)
-    compaction.drop_units(store, read_info(store), units)
+    with write_access(store):
+        compaction.drop_units(store, read_info(store), units)
     out.say(f"{len(units)} damaged units dropped; run the capture, which scores their samples again")

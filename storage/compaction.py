@@ -7,6 +7,7 @@ from storage.catalog import with_units
 from storage.committed import read_index, read_uncovered, write_generation
 from storage.errors import StorageError
 from storage.info import DatasetInfo, upgrade_info
+from storage.lease import write_access
 from storage.manifest import manifest_keys, unit_of
 from storage.object_store import Store
 
@@ -63,7 +64,10 @@ def compact_if_due(store: Store, info: DatasetInfo) -> CompactReport | None:
     if len(units) < COMPACT_UNITS:
         return None
     index = read_index(store, info)
-    return compact(store, info) if is_due(len(units - index.units), len(index.records)) else None
+    if not is_due(len(units - index.units), len(index.records)):
+        return None
+    with write_access(store):
+        return compact(store, info)
 
 
 def drop_units(store: Store, info: DatasetInfo, units: Collection[str]) -> None:

@@ -9,6 +9,7 @@ from storage.config import Codec
 from storage.errors import LecternError, StorageError
 from storage.identity import DatasetIdentity, require_same
 from storage.info import INFO_KEY, DatasetInfo, read_info
+from storage.lease import Lease
 from storage.manifest import MANIFEST_PREFIX, ManifestRecord, ids_digest, parse_manifest, read_manifest
 from storage.object_store import Store
 from storage.samples import SampleBatch
@@ -28,13 +29,29 @@ class Receipt:
 
 
 class DatasetWriter:
-    """Writes units into one dataset; any number of writers in any number of processes may work side by side."""
+    """Writes units into one dataset; any number of writers in any number of processes may work side by side.
 
-    def __init__(self, store: Store, info: DatasetInfo, conditional_writes: bool = True) -> None:
+    Where the store ignores conditional creates one run may write at a time: the writer that `create` returns holds a
+    lease until it is closed or its process ends.
+    """
+
+    def __init__(self, store: Store, info: DatasetInfo, lease: Lease | None = None) -> None:
         self.store = store
         self.info = info
-        self.conditional_writes = conditional_writes
-        """False where the store ignores conditional creates: then only one process may write at a time."""
+        self.lease = lease
+        """None where conditional creates are honoured, and in the ranks of a run whose driver holds the lease."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the lease up, where there is one."""
+        if self.lease is not None:
+            self.lease.release()
+            self.lease = None
 
     @classmethod
     def create(
@@ -42,7 +59,8 @@ class DatasetWriter:
     ) -> Self:
         """Probe the store, then make the dataset, with this codec, or join one of the same identity, with its own.
 
-        Raises InputError when the store cannot be written, IdentityError when a dataset of another identity is there.
+        Raises InputError when the store cannot be written, or is being written by another process though it ignores
+        conditional creates; IdentityError when a dataset of another identity is there.
         """
         store = Store(url)
         conditional = store.probe()
@@ -51,7 +69,7 @@ class DatasetWriter:
             store.create(INFO_KEY, info.to_json())
         info = read_info(store)
         require_same(identity, info.identity, store.shown())
-        return cls(store, info, conditional)
+        return cls(store, info, None if conditional else Lease.acquire(store))
 
     @classmethod
     def open(cls, url: str, identity: DatasetIdentity) -> Self:
@@ -77,6 +95,8 @@ class DatasetWriter:
         fails; whatever was committed before stays intact, and without its record this unit does not exist.
         """
         fingerprint = self.info.fingerprint
+        if self.lease is not None:
+            self.lease.check()
         before = self.committed(unit_id)
         if before is not None:
             return before

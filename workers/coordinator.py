@@ -118,7 +118,8 @@ def capture(
 
     Args:
         device: `cpu` or `gpu`, what each rank runs on.
-        on_event: called in this process with `{event: …}` dicts: `units_planned`, and those of `workers.loop`.
+        on_event: called in this process with `{event: …}` dicts: `single_writer`, `units_planned`, and those of
+            `workers.loop`.
         price_per_hour: of one replica's machines, for the cost of idle time.
         rank_class: the actor class of a rank; another one may score in another way.
 
@@ -127,11 +128,13 @@ def capture(
         StorageError: the store failed.
         WorkerError: no replica could be started.
     """
-    DatasetWriter.create(cache.url, identity, model_facts(model_folder).vocab_size, cache.codec)
+    notify = on_event or (lambda event: None)
+    writer = DatasetWriter.create(cache.url, identity, model_facts(model_folder).vocab_size, cache.codec)
+    if writer.lease is not None:
+        notify({"event": "single_writer", "url": writer.store.shown(), "owner": writer.lease.record.owner})
     missing = missing_rows(samples, rows, Dataset.open(cache.url, identity))
     units = plan_units(missing, samples.num_tokens, samples.sample_ids, identity.fingerprint, cache.unit_tokens, rows)
     result = CaptureResult(reused_samples=len(rows) - len(missing))
-    notify = on_event or (lambda event: None)
     notify(
         {
             "event": "units_planned",
@@ -142,6 +145,7 @@ def capture(
         }
     )
     if not len(units):
+        writer.close()
         return result
     job = CaptureJob(teacher, model_folder, samples.url, cache.url, identity)
     on_device = "cuda" if device in {"gpu", "cuda"} else "cpu"
@@ -167,6 +171,7 @@ def capture(
             f"loading is often out of memory: {log_hint()}, or raise teacher.ranks"
         ) from error
     finally:
+        writer.close()
         result.failed_units, result.replicas_lost = loop.failed_units, loop.replicas_lost
         result.seconds, result.fleet = loop.seconds, loop.status().to_json()
         result.ranks = loop.first_report or []

@@ -131,6 +131,10 @@ class _Follower:
         if event["event"] != "fleet" or self._is_due(facts):
             self._work.run.event(event["event"], **facts)
         match event["event"]:
+            case "single_writer":
+                self._task.say(
+                    f"  {facts['url']} ignores conditional creates: this run alone may write to it until it ends"
+                )
             case "units_planned":
                 self._total = facts["tokens"]
                 self._task.update(0, self._total, f"{facts['units']} units, starting the teacher")

@@ -4,8 +4,6 @@ import random
 import shutil
 from pathlib import Path
 
-from conftest import build_identity, build_unit
-
 from storage.compaction import compact
 from storage.errors import LecternError
 from storage.gc import collect_garbage
@@ -14,6 +12,7 @@ from storage.object_store import Store
 from storage.reader import Dataset
 from storage.verify import verify_dataset
 from storage.writer import DatasetWriter
+from tests.storage.conftest import build_identity, build_unit
 
 KINDS = ["flip", "flip", "flip", "truncate", "extend", "zero", "swap", "rename", "foreign", "missing"]
 

@@ -81,10 +81,25 @@ def as_ordinary_user() -> Iterator[None]:
         os.seteuid(0)
 
 
-class FaultyProxy:
-    """An S3 server in front of another one that fails a share of the requests: 500, 503, short bodies, hang-ups."""
+class CarelessFileSystem(MemoryFileSystem):
+    """Memory that ignores the condition of a create, as some object stores do."""
 
-    def __init__(self, endpoint: str, rate: float, seed: int) -> None:
+    protocol = "careless"
+    store: dict[str, Any] = {}  # noqa: RUF012
+    pseudo_dirs = [""]  # noqa: RUF012
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        """Put, whatever is there."""
+        super().pipe_file(path, value, mode="overwrite", **kwargs)
+
+
+class FaultyProxy:
+    """An S3 server in front of another one that fails a share of the requests: 500, 503, short bodies, hang-ups.
+
+    `careless`: it hands no `If-None-Match` on, like look-alikes that know nothing of conditional writes.
+    """
+
+    def __init__(self, endpoint: str, rate: float, seed: int, careless: bool = False) -> None:
         rng = random.Random(seed)
         host = endpoint.removeprefix("http://")
         self.num_faults = 0
@@ -104,7 +119,8 @@ class FaultyProxy:
                     self.close_connection = True
                     return
                 upstream = HTTPConnection(host, timeout=30)
-                upstream.request(self.command, self.path, body, dict(self.headers))
+                headers = {k: v for k, v in self.headers.items() if not careless or k.lower() != "if-none-match"}
+                upstream.request(self.command, self.path, body, headers)
                 reply = upstream.getresponse()
                 content = reply.read()
                 upstream.close()

@@ -95,7 +95,7 @@ def test_creating_twice_joins_and_another_identity_is_refused(
 ) -> None:
     identity, other = make_identity(), make_identity(top_k=7)
     writer = DatasetWriter.create(url, identity)
-    assert writer.conditional_writes
+    assert writer.lease is None
     writer.commit("u", *make_unit(identity), attempt=1)
     assert DatasetWriter.create(url, identity).info == writer.info
     for refuse in (

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from conftest import Unit, build_identity, build_unit, check_same_unit
 from storage_faults import Killed, SteppedStore
 
 from storage.backends import Backend, Stored
@@ -21,6 +20,7 @@ from storage.object_store import Store
 from storage.reader import Dataset
 from storage.verify import verify_dataset
 from storage.writer import DatasetWriter
+from tests.storage.conftest import Unit, build_identity, build_unit, check_same_unit
 
 NUM_UNITS = 5
 NOW = -60.0
