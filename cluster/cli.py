@@ -129,11 +129,19 @@ def verify(
     repair: Annotated[
         bool, typer.Option("--repair", help="Drop damaged units, so that the next capture scores them again.")
     ] = False,
+    number: Annotated[
+        int | None,
+        typer.Option("--against-teacher", metavar="N", min=1, help="Score N samples again with the config's teacher."),
+    ] = None,
+    bound: Annotated[
+        float | None,
+        typer.Option("--bound", metavar="NATS", min=0.0, help="Largest 99th percentile of the differences (0.05)."),
+    ] = None,
 ) -> None:
-    """Re-hashes every shard, checks manifests, counts and ids."""
+    """Re-hashes every shard, checks manifests, counts and ids; on request against the teacher itself."""
     from cluster import commands
 
-    _run(lambda out: commands.verify(out, target, set_ or [], run_dir, repair), as_json, debug)
+    _run(lambda out: commands.verify(out, target, set_ or [], run_dir, repair, number, bound), as_json, debug)
 
 
 @app.command()

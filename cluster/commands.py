@@ -76,9 +76,18 @@ def inspect(
 
 
 def verify(
-    out: Terminal, target: str, overrides: Sequence[str], run_dir: str | None, repair: bool = False
+    out: Terminal,
+    target: str,
+    overrides: Sequence[str],
+    run_dir: str | None,
+    repair: bool = False,
+    against_teacher: int | None = None,
+    bound: float | None = None,
 ) -> dict[str, Any]:
-    """Check a dataset; exit code 2 when something is wrong with it. `repair` takes damaged units out."""
+    """Check a dataset; exit code 2 when something is wrong with it. `repair` takes damaged units out.
+
+    With `against_teacher` a sound dataset's samples are scored again, so many: exit code 1 beyond the bound.
+    """
     from dataclasses import asdict
 
     from cluster.figures import size
@@ -99,7 +108,23 @@ def verify(
         drop(out, url, found.damaged_units)
     state = "sound" if found.ok else f"{len(found.problems)} problems"
     out.say(f"{found.units} units, {found.samples:,} samples, {found.tokens:,} tokens, {size(found.bytes)}: {state}")
-    return {**asdict(found), "ok": found.ok, "exit_code": 0 if found.ok else InputError.exit_code}
+    facts = {**asdict(found), "ok": found.ok, "exit_code": 0 if found.ok else InputError.exit_code}
+    if against_teacher is None or not found.ok:
+        return facts
+    return {**facts, **_rescore(out, target, overrides, run_dir, against_teacher, bound)}
+
+
+def _rescore(
+    out: Terminal, target: str, overrides: Sequence[str], run_dir: str | None, number: int, bound: float | None
+) -> dict[str, Any]:
+    from cluster.stages.against_teacher import against_teacher
+    from cluster.tables import show_rescoring
+
+    config, run = _run_of(out, target, overrides, run_dir)
+    out.hint = lambda: _log_hint(run)
+    found = against_teacher(config, run, Progress(out.stream), number, bound)
+    show_rescoring(out, found)
+    return {"against_teacher": found, "ok": found["ok"], "exit_code": 0 if found["ok"] else 1}
 
 
 def report(out: Terminal, target: str, overrides: Sequence[str], run_dir: str | None) -> dict[str, Any]:

@@ -160,6 +160,24 @@ def _hidden_line(layer: str, found: dict[str, Any], capture: dict[str, Any], has
     return ", ".join(parts)
 
 
+def show_rescoring(out: Terminal, found: dict[str, Any]) -> None:
+    """Print how far a dataset is from its teacher; see `workers.rescoring.Rescoring`."""
+    what = {"logprob": "log-probabilities", "nll": "mean losses of samples"}[found["difference"]["of"]]
+    table = _table("", "compared", "mean", "median", "90%", "99%", "largest", "same first choice")
+    for name, key in (("dataset – teacher", "difference"), ("teacher – itself", "control")):
+        row, spread = found[key], found[key]["spread"]
+        agreement = "" if row["top1_agreement"] is None else f"{row['top1_agreement']:.1%}"
+        numbers = [f"{spread[part]:.4f}" for part in ("mean", "p50", "p90", "p99", "max")]
+        table.add_row(name, f"{row['compared']:,}", *numbers, agreement)
+    out.say(f"{found['samples']} samples scored again: differences of {what}, nats")
+    out.show(table)
+    verdict = "within" if found["ok"] else "BEYOND"
+    out.say(
+        f"99% of the differences are at most {found['difference']['spread']['p99']:.4f} nats, {verdict} the limit of "
+        f"{found['limit']:.4f}: the larger of --bound {found['bound']:g} and 3 times the teacher's own"
+    )
+
+
 def show_sample(out: Terminal, view: "SampleView") -> None:
     """Print a sample, one token a line, with the teacher's first choices."""
     from rich.text import Text

@@ -17,6 +17,7 @@ from cluster.checks import uses_chat_template
 from cluster.config import RunConfig
 from cluster.loader import check_config
 from cluster.selection import capture_rows
+from storage.reader import Dataset
 from storage.sample_set import SampleSet, prepare_samples
 from storage.samples import SampleBatch, offsets_of
 from storage.targets import TargetBatch
@@ -58,8 +59,8 @@ class World:
         """Prepare the samples where a run would."""
         return prepare_samples(self.config.data, Tokenizer.load(self.teacher), self.run_dir / "samples")
 
-    def capture(self, share: float = 1.0) -> None:
-        """Commit made-up targets for a share of what the run needs, in two units."""
+    def capture(self, share: float = 1.0, name: str = "unit") -> None:
+        """Commit made-up targets for a share of what the run needs and the dataset lacks, in two units."""
         config, samples = self.config, self.samples()
         identity = teacher_identity(
             self.teacher, config.teacher, config.cache, Tokenizer.load(self.teacher), uses_chat_template(config.data)
@@ -67,9 +68,10 @@ class World:
         writer = DatasetWriter.create(config.cache.url, identity)
         rows = capture_rows(samples, config.evaluate.samples_per_source)
         rows = rows[: max(2, round(len(rows) * share))]
+        rows = rows[Dataset.open(config.cache.url).missing(samples.ids(rows))]
         for n, part in enumerate(np.array_split(rows, 2)):
             batch = samples.read(part)
-            writer.commit(f"unit{n}", batch, made_up_targets(batch, identity.tokenizer.vocab_size), "a1")
+            writer.commit(f"{name}{n}", batch, made_up_targets(batch, identity.tokenizer.vocab_size), "a1")
 
 
 def made_up_targets(samples: SampleBatch, vocab_size: int) -> TargetBatch:

@@ -1,50 +1,20 @@
 """A projection fitted to a real teacher's states, and a capture with it; the teacher runs in this process."""
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
-from storage.config import CacheConfig
 from storage.errors import InputError
 from storage.hidden import read_states
-from storage.identity import DatasetIdentity
 from storage.object_store import Store
 from storage.projection import load_projection
 from storage.reader import Dataset
-from storage.sample_set import SampleSet
 from storage.verify import verify_dataset
-from storage.writer import DatasetWriter
 from tests.workers.conftest import TinyRun
+from tests.workers.here import capture_here
 from workers import projection
 from workers.config import TeacherConfig
-from workers.coordinator import CaptureResult
-from workers.local.rank import CaptureJob, scoring_settings
-from workers.local.scoring import merge_parts, score_part
 from workers.model_folder import teacher_identity
 from workers.projection import fit_teacher_projection, fitting_rows
-
-
-def capture_here(
-    teacher: TeacherConfig,
-    cache: CacheConfig,
-    folder: Path,
-    samples: SampleSet,
-    rows: Any,
-    identity: DatasetIdentity,
-    *_: Any,
-) -> CaptureResult:
-    """Score all rows as one rank does, without Ray."""
-    writer = DatasetWriter.create(cache.url, identity)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    settings = scoring_settings(CaptureJob(teacher, folder, samples.url, cache.url, identity))
-    batch = samples.read(rows)
-    part = score_part(model, batch, settings, 0, 1, torch.device("cpu"))
-    writer.commit("u", batch, merge_parts(batch, [part], settings), "a1")
-    return CaptureResult(scored_samples=len(batch))
 
 
 def test_states_are_stored_in_the_fitted_dimensions(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
