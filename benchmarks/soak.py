@@ -124,8 +124,12 @@ class Soak:
             log = (self.folder / "drivers.log").read_text(errors="replace")[-3000:]
             assert driver.returncode == 0, f"a driver ended with {driver.returncode}:\n{log}"
 
+    def choose(self) -> str:
+        """Choose what breaks next."""
+        return self.chance.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+
     def _break(self) -> None:
-        what = self.chance.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+        what = self.choose()
         replicas = self.ranks()
         if what in {"rank", "replica", "hang"}:
             if not replicas:

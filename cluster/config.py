@@ -21,7 +21,7 @@ class ClusterConfig(Settings):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """What ranks run on; `auto` takes GPUs where the cluster has them."""
     price_per_hour: float = Field(default=0.0, ge=0.0)
-    """Price of the machines of this run per hour, in `budget.currency`."""
+    """Price per hour of the machines of one teacher replica, in `budget.currency`."""
 
 
 class RunConfig(Settings):

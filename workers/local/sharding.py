@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -13,6 +14,10 @@ from workers.config import TeacherConfig
 
 REPLICATE_BELOW = 2048
 """ZeRO-3 keeps parameters of fewer values (norms, biases) whole on each rank: gathering them costs more."""
+
+
+MOST_WHOLE = 0.95
+"""A rank that holds a larger share than this after sharding was not sharded."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +37,32 @@ def load_model(folder: Path, teacher: TeacherConfig, device: torch.device, atten
     `attention` asks for an implementation, e.g. `eager`, which alone tells its weights.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, teacher.dtype),
             local_files_only=True,
             use_safetensors=True,
             attn_implementation=attention,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"teacher {teacher.name} at {folder} cannot be loaded as a causal language model: {reason}; "
             "check the folder's config.json and safetensors files"
         ) from error
+    _check_complete(found, teacher, folder)
     return model.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _check_complete(found: dict[str, Any], teacher: TeacherConfig, folder: Path) -> None:
+    """Refuse weights that transformers would replace by random ones with a mere warning."""
+    missing = [*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])]
+    if missing:
+        raise InputError(
+            f"teacher {teacher.name} at {folder} lacks {len(missing)} of its weights, or has them in another shape: "
+            f"{', '.join(sorted(missing)[:3])}; the safetensors files are damaged, or are not those of its config.json"
+        )
 
 
 def shard_model(model: nn.Module, teacher: TeacherConfig, rank: int) -> tuple[nn.Module, ShardReport]:
@@ -59,7 +76,18 @@ def shard_model(model: nn.Module, teacher: TeacherConfig, rank: int) -> tuple[nn
     total = sum(whole.values())
     kept_whole = [name for name, values in held.items() if teacher.ranks > 1 and values == whole.get(name)]
     report = ShardReport(rank, sum(held.values()), total, summarize_names(kept_whole))
+    check_split(report, teacher, type(model).__name__)
     return model, report
+
+
+def check_split(report: ShardReport, teacher: TeacherConfig, architecture: str) -> None:
+    """Raise InputError when splitting over several ranks has left nearly everything whole on each."""
+    if teacher.ranks > 1 and report.parameters_held > MOST_WHOLE * report.parameters_total:
+        raise InputError(
+            f"teacher.sharding {teacher.sharding} does not split {architecture}: each of {teacher.ranks} ranks holds "
+            f"{report.parameters_held / report.parameters_total:.0%} of the parameters, whole on all of them are "
+            f"{', '.join(report.replicated[:4])}; use sharding zero3, or none with ranks 1"
+        )
 
 
 def _tensor_parallel(model: nn.Module, teacher: TeacherConfig) -> nn.Module:
