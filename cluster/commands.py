@@ -54,12 +54,13 @@ def inspect(
     card: bool = False,
 ) -> dict[str, Any]:
     """Show a dataset, one of its samples, or its card, which is written anew."""
-    from cluster.inspect import describe_dataset, describe_sample, find_sample, sample_json
+    from cluster.inspect import describe_dataset, describe_others, describe_sample, find_sample, sample_json
     from cluster.tables import show_dataset, show_sample
-    from storage.reader import Dataset
+    from storage.union import DatasetUnion
 
-    url, run = dataset_of(out, target, overrides, run_dir)
-    dataset = Dataset.open(url)
+    urls, run = datasets_of(out, target, overrides, run_dir)
+    union = DatasetUnion.open(urls)
+    dataset = union.datasets[0]
     if card:
         from storage.card import render_card, write_card
 
@@ -67,10 +68,10 @@ def inspect(
         out.say(render_card(dataset))
         return {"card": dataset.store.shown(key)}
     if sample is None:
-        facts = describe_dataset(dataset)
+        facts = describe_dataset(dataset) | describe_others(union)
         show_dataset(out, facts)
         return facts
-    view = describe_sample(dataset, find_sample(dataset, sample), _tokenizer(run))
+    view = describe_sample(union, find_sample(union, sample), _tokenizer(run))
     show_sample(out, view)
     return sample_json(view)
 
@@ -198,13 +199,21 @@ def _run_of(out: Terminal, target: str, overrides: Sequence[str], run_dir: str |
 
 def dataset_of(out: Terminal, target: str, overrides: Sequence[str], run_dir: str | None) -> tuple[str, RunDir | None]:
     """Return the dataset that a config, a run directory or its own URL names; the run directory where one is known."""
+    urls, run = datasets_of(out, target, overrides, run_dir)
+    return urls[0], run
+
+
+def datasets_of(
+    out: Terminal, target: str, overrides: Sequence[str], run_dir: str | None
+) -> tuple[list[str], RunDir | None]:
+    """Return `dataset_of` and after it the further datasets of the config."""
     from storage.info import INFO_KEY
     from storage.object_store import Store
 
     if not _is_config(target) and Store(target).exists(INFO_KEY):
-        return target, RunDir(run_dir) if run_dir else None
+        return [target], RunDir(run_dir) if run_dir else None
     config, run = _run_of(out, target, overrides, run_dir)
-    return config.cache.url, run
+    return [config.cache.url, *config.cache.also], run
 
 
 def _is_config(target: str) -> bool:

@@ -13,12 +13,14 @@ from storage.columns import column_bytes
 from storage.errors import InputError
 from storage.heads import HEAD_PREFIX
 from storage.hidden import NUMPY_DTYPES, stored_columns
+from storage.parts import TargetReader
 from storage.projection import load_projection
 from storage.range_file import RangeFile
 from storage.reader import Dataset
 from storage.samples import ID_BYTES
 from storage.schema import file_metadata
 from storage.tokenizer import Tokenizer
+from storage.union import DatasetUnion
 
 MOST_UNITS = 16
 """Data files whose footers are looked at for the bytes of each column."""
@@ -49,6 +51,27 @@ def describe_dataset(dataset: Dataset) -> dict[str, Any]:
     }
 
 
+def describe_others(union: DatasetUnion) -> dict[str, Any]:
+    """Return `also`: what each further dataset of a run adds to it; empty where there is none."""
+    if len(union.datasets) == 1:
+        return {}
+    served = union.serving(union.sample_ids())
+    return {
+        "also": [
+            {
+                "url": dataset.store.shown(),
+                "fingerprint": dataset.info.fingerprint,
+                "teacher": dataset.identity.teacher.name,
+                "kind": dataset.identity.capture.kind,
+                "samples": len(dataset.catalog),
+                "served": int((served == n).sum()),
+            }
+            for n, dataset in enumerate(union.datasets)
+            if n
+        ]
+    }
+
+
 def _hidden(dataset: Dataset) -> dict[str, Any]:
     """Return, for each layer of hidden states, `{dtype, width, bytes_per_state, projection_loss}`."""
     if not dataset.manifests or not dataset.identity.capture.hidden:
@@ -74,12 +97,12 @@ def _state_bytes(dtype: str, width: int) -> int:
     return stored_columns(dtype, width) * np.dtype(NUMPY_DTYPES[dtype]).itemsize
 
 
-def find_sample(dataset: Dataset, wanted: str) -> bytes:
+def find_sample(dataset: DatasetUnion, wanted: str) -> bytes:
     """Return the id of sample number `wanted`, or of the one whose hex id begins so.
 
     Raises InputError when there is none, or several.
     """
-    ids = dataset.catalog.sample_ids
+    ids = dataset.sample_ids()
     if wanted.isdigit() and len(wanted) < 2 * ID_BYTES and int(wanted) < len(ids):
         return bytes(ids[int(wanted)])
     text = wanted.lower()
@@ -90,16 +113,16 @@ def find_sample(dataset: Dataset, wanted: str) -> bytes:
         if len(found) > 1:
             raise InputError(f"--sample {wanted}: {len(found)} samples have ids that begin so; give more digits")
     raise InputError(
-        f"--sample {wanted}: no such sample in {dataset.store.shown()}; it holds {len(ids)}, give a number from 0 to "
+        f"--sample {wanted}: no such sample in {dataset.shown()}; it holds {len(ids)}, give a number from 0 to "
         f"{max(len(ids) - 1, 0)} or the beginning of an id"
     )
 
 
-def describe_sample(dataset: Dataset, sample_id: bytes, tokenizer: Tokenizer | None) -> SampleView:
+def describe_sample(dataset: TargetReader, sample_id: bytes, tokenizer: Tokenizer | None) -> SampleView:
     """Return the view of a sample; without a tokenizer tokens are shown as `<id>`."""
-    samples, targets = dataset.read([sample_id])
+    (part,) = dataset.parts([sample_id])
     text_of = tokenizer.token_text if tokenizer is not None else lambda token: f"<{token}>"
-    return view_sample(samples, targets, 0, text_of)
+    return view_sample(part.samples, part.targets, 0, text_of)
 
 
 def sample_json(view: SampleView) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from storage.reader import Dataset
 from storage.sample_set import SampleSet, prepare_samples
 from storage.samples import Int64Array
 from storage.tokenizer import Tokenizer
+from storage.union import open_existing
 from workers.embedded import ensure_tokenizer, find_teacher
 from workers.model_folder import resolve_model, teacher_identity
 from workers.units import plan_units
@@ -172,12 +173,12 @@ def _missing(
     identity: DatasetIdentity | None,
     unknown: list[str],
 ) -> tuple[Int64Array, Dataset | None]:
-    if check_dataset(config, tokenizer, identity) is None:
-        return rows, None
-    dataset = Dataset.open(config.cache.url)
-    if identity is None:
-        return rows, dataset
-    return rows[dataset.missing(samples.ids(rows))], dataset
+    own = check_dataset(config, tokenizer, identity) is not None
+    dataset = open_existing(config.cache, identity)
+    measured = dataset.datasets[0] if dataset is not None and own else None
+    if dataset is None or identity is None:
+        return rows, measured
+    return rows[dataset.missing(samples.ids(rows))], measured
 
 
 def _estimate(config: RunConfig, tokenizer: Tokenizer) -> float:

@@ -140,6 +140,8 @@ def show_dataset(out: Terminal, facts: dict[str, Any]) -> None:
     rows.add_row("holds", f"{facts['samples']:,} samples{again}")
     rows.add_row("", f"{facts['tokens']:,} tokens, {facts['supervised']:,} supervised, in {facts['units']:,} units")
     rows.add_row("size", f"{size(facts['bytes'])}, {facts['bytes_per_token']:.2f} bytes per supervised token")
+    for other in facts.get("also", ()):
+        rows.add_row("also", f"{other['url']}: {other['teacher']}, {other['kind']}, {other['served']:,} samples more")
     rows.add_row("card", "README.md" if facts["card"] else "none; `lectern inspect --card` writes it")
     out.show(rows)
     columns = _table("column", "bytes per token", "compressed", "share")

@@ -79,6 +79,9 @@ class CacheConfig(Settings):
 
     url: str
     """Folder or fsspec URL of the dataset, e.g. `runs/cache` or `s3://bucket/r1-targets`."""
+    also: list[str] = Field(default_factory=list)
+    """Further datasets with the same tokenizer, of any teacher and kind. What they hold is not scored again: of all
+    datasets that hold a sample the first one serves it, `cache.url` before these, in the order of this list."""
     kind: Kind = "hybrid"
     """`topk`: the k best entries + tail; `hybrid`: exact k best + draws from the rest; `sampled`: draws alone; `dense`:
     all entries; `text`: no probabilities, for training on text that the teacher wrote."""

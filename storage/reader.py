@@ -18,6 +18,7 @@ from storage.identity import DatasetIdentity, require_same
 from storage.info import DatasetInfo, read_info
 from storage.object_store import Store
 from storage.open_shard import OpenShard, Run, Shard, join, runs_of
+from storage.parts import Part
 from storage.read_ahead import read_ahead
 from storage.samples import Int64Array
 from storage.shard_cache import ShardCache
@@ -91,6 +92,11 @@ class Dataset:
         if len(units) == 0:
             raise InputError("no samples were asked for; name at least one sample id")
         return join(self._runs(units, rows))
+
+    def parts(self, sample_ids: SampleIds) -> list[Part]:
+        """Return `read` as the one part that there is, which makes this a `TargetReader`."""
+        samples, targets = self.read(sample_ids)
+        return [Part(self.identity.capture, np.arange(len(samples)), samples, targets)]
 
     def iterate(self, batches: Iterable[SampleIds]) -> Iterator[Shard]:
         """Yield `read` of each list of ids, in order, reading ahead within half of the memory that may be used."""

@@ -1,7 +1,7 @@
 """Where shards come from: the local disk cache, or the store, hashed at the first read and decoded."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Self
@@ -43,6 +43,10 @@ class Reading:
             disk_folder=cache.read_disk_folder,
             layers=None if layers is None else tuple(sorted(layers)),
         )
+
+    def divided(self, count: int) -> Self:
+        """Return the settings of one of `count` readers that share the memory."""
+        return replace(self, memory_bytes=max(1, self.memory_bytes // count))
 
 
 DEFAULT_READING = Reading()

@@ -9,7 +9,6 @@ interruption changes it. A batch is a dict of tensors; see `tensors`.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -71,7 +70,7 @@ class TargetBatches(IterableDataset[dict[str, Tensor]]):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        reading = replace(self.reading, memory_bytes=max(1, self.reading.memory_bytes // count))
+        reading = self.reading.divided(count)
         # Opened here, in the process that reads: connections do not survive a fork.
         dataset = Dataset.open(self.url, reading=reading)
         mine = self.batches(dataset.catalog.sample_ids)[self.position :]

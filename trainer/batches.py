@@ -1,17 +1,18 @@
 """From samples and targets in memory to the padded tensors of one forward pass."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from storage.draws import estimate
 from storage.errors import IntegrityError
 from storage.hidden import states_tensor
-from storage.samples import BoolArray, Int64Array, SampleBatch
+from storage.samples import BoolArray, Int64Array, SampleBatch, offsets_of
 from storage.targets import TargetBatch
 from trainer.losses import SparseTargets
 
@@ -101,6 +102,62 @@ def sparse_targets(targets: TargetBatch, label: Int64Array, kind: str) -> Sparse
         tail_mass=torch.from_numpy(targets.tail_mass.astype(np.float32)),
         entropy=torch.from_numpy(entropy),
     )
+
+
+def join_batches(batches: Sequence[Batch]) -> Batch:
+    """Join batches whose targets may be of several kinds, keeping their order."""
+    if len(batches) == 1:
+        return batches[0]
+    width = max(batch.input_ids.shape[1] for batch in batches)
+    first_row = offsets_of([len(batch.ids) for batch in batches])
+    first_position = offsets_of([batch.num_supervised for batch in batches])
+    packed = any(batch.attention is not None for batch in batches)
+    predictors, rows = [], []
+    for batch, row, position in zip(batches, first_row.tolist(), first_position.tolist(), strict=False):
+        own = batch.input_ids.shape[1]
+        predictors.append((batch.predictor // own + row) * width + batch.predictor % own)
+        kept = torch.arange(batch.num_supervised) if batch.hidden_rows is None else batch.hidden_rows
+        rows.append(kept + position)
+    return Batch(
+        ids=[sample_id for batch in batches for sample_id in batch.ids],
+        sources=[source for batch in batches for source in batch.sources],
+        input_ids=torch.cat([pad(batch.input_ids, (0, width - batch.input_ids.shape[1])) for batch in batches]),
+        position_ids=torch.cat([_positions(batch, width) for batch in batches]) if packed else None,
+        attention=torch.cat([_attention(batch, width) for batch in batches]) if packed else None,
+        predictor=torch.cat(predictors),
+        targets=join_targets([batch.targets for batch in batches]),
+        hidden={layer: torch.cat([batch.hidden[layer] for batch in batches]) for layer in batches[0].hidden},
+        hidden_rows=None if all(batch.hidden_rows is None for batch in batches) else torch.cat(rows),
+    )
+
+
+def join_targets(parts: Sequence[SparseTargets]) -> SparseTargets:
+    """Join targets, keeping their order; of kind `mixed` where their kinds differ."""
+    kinds = {part.kind for part in parts}
+    ends = offsets_of([part.num_positions for part in parts])[1:].tolist()
+    entries = offsets_of([len(part.id) for part in parts]).tolist()
+    offsets = [part.entry_offsets[:-1] + first for part, first in zip(parts, entries, strict=False)]
+    names = ("label", "id", "estimate", "logprob", "tail_mass", "entropy")
+    return SparseTargets(
+        kind=parts[0].kind if len(kinds) == 1 else "mixed",
+        entry_offsets=torch.cat([*offsets, torch.tensor(entries[-1:])]),
+        runs=() if len(kinds) == 1 else tuple((part.kind, end) for part, end in zip(parts, ends, strict=True)),
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in names},
+    )
+
+
+def _positions(batch: Batch, width: int) -> Tensor:
+    if batch.position_ids is None:
+        return torch.arange(width).expand(len(batch.ids), width)
+    return pad(batch.position_ids, (0, width - batch.position_ids.shape[1]))
+
+
+def _attention(batch: Batch, width: int) -> Tensor:
+    """Return which tokens see which; padding sees itself, so that no row of the attention is empty."""
+    own = batch.input_ids.shape[1]
+    seen = torch.eye(width, dtype=torch.bool).repeat(len(batch.ids), 1, 1, 1)
+    seen[:, :, :own, :own] = torch.ones(own, own).tril().bool() if batch.attention is None else batch.attention
+    return seen
 
 
 def take_microbatches(num_samples: int, micro_batch_size: int) -> list[range]:

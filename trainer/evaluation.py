@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.errors import InputError
-from storage.reader import Dataset
-from storage.samples import SampleBatch
-from storage.targets import TargetBatch
+from storage.parts import Part, TargetReader
 from trainer.batches import make_batch
 from trainer.losses import EntryView, ForwardKL, SparseTargets
 from trainer.student import predictor_logits
@@ -34,7 +32,7 @@ Scores = dict[str, Any]
 
 def evaluate_model(
     model_folder: str | Path,
-    dataset: Dataset,
+    dataset: TargetReader,
     ids_by_source: Mapping[str, Sequence[bytes]],
     device: str = "cpu",
     on_progress: Any = None,
@@ -58,19 +56,19 @@ def evaluate_model(
     totals = _Totals()
     total = sum(len(ids) for ids in ids_by_source.values())
     done = 0
-    for source, samples, targets in _batches(
+    for source, part in _batches(
         dataset, ids_by_source, LOGIT_BYTES // (4 * model.config.get_text_config().vocab_size)
     ):
-        batch = make_batch(samples, targets, dataset.identity.capture.kind).to(device)
+        batch = make_batch(part.samples, part.targets, part.capture.kind).to(device)
         with torch.inference_mode(), _threads():
             totals.add(source, batch.targets, predictor_logits(model, batch))
-        done += len(samples)
+        done += len(part.samples)
         if on_progress is not None:
             on_progress({"event": "evaluate", "done": done, "total": total})
     return totals.scores()
 
 
-def evaluate_teacher(dataset: Dataset, ids_by_source: Mapping[str, Sequence[bytes]]) -> Scores:
+def evaluate_teacher(dataset: TargetReader, ids_by_source: Mapping[str, Sequence[bytes]]) -> Scores:
     """Return the teacher's own scores on the samples, from what the dataset holds; needs no model.
 
     Same keys as `evaluate_model`: `kl_to_teacher` is 0 and `top1_agreement` 1 by definition, `ece` none where the
@@ -80,13 +78,14 @@ def evaluate_teacher(dataset: Dataset, ids_by_source: Mapping[str, Sequence[byte
     tokens: dict[str, int] = {}
     told = True
     bins = _Bins()
-    for source, samples, targets in _batches(dataset, ids_by_source):
-        positions = samples.num_supervised()
+    for source, part in _batches(dataset, ids_by_source):
+        targets = part.targets
+        positions = part.samples.num_supervised()
         tokens[source] = tokens.get(source, 0) + int(positions.sum())
         told = told and len(targets.id) > 0
         loss[source] = loss.get(source, 0.0) + float((targets.teacher_nll.astype(np.float64) * positions).sum())
         if told:
-            sparse = make_batch(samples, targets, dataset.identity.capture.kind).targets
+            sparse = make_batch(part.samples, targets, part.capture.kind).targets
             best, probability = first_choice(sparse)
             bins.add(probability.numpy(), (best == sparse.label).numpy())
     return {
@@ -99,7 +98,7 @@ def evaluate_teacher(dataset: Dataset, ids_by_source: Mapping[str, Sequence[byte
 
 
 def token_views(
-    model_folder: str | Path, dataset: Dataset, sample_ids: Sequence[bytes], device: str = "cpu"
+    model_folder: str | Path, dataset: TargetReader, sample_ids: Sequence[bytes], device: str = "cpu"
 ) -> list[dict[str, Any]]:
     """Return, for the report, what teacher and model said about the tokens of some samples.
 
@@ -108,11 +107,11 @@ def token_views(
     choices, `student_p` that of the token itself. Unsupervised tokens have only `id` and `supervised`.
     """
     model = _load(model_folder, device)
-    samples, targets = dataset.read(list(sample_ids))
     views = []
-    for n in range(len(samples)):
-        one, own = samples.take([n]), targets.take([n])
-        batch = make_batch(one, own, dataset.identity.capture.kind).to(device)
+    for sample_id in sample_ids:
+        (part,) = dataset.parts([sample_id])
+        one = part.samples
+        batch = make_batch(one, part.targets, part.capture.kind).to(device)
         with torch.inference_mode(), _threads():
             probability = predictor_logits(model, batch).float().softmax(-1).cpu()
         tokens = [{"id": int(t), "supervised": bool(s)} for t, s in zip(one.tokens, one.supervised, strict=True)]
@@ -208,19 +207,18 @@ def _told(targets: SparseTargets, probability: Tensor) -> dict[str, Any]:
 
 
 def _batches(
-    dataset: Dataset, ids_by_source: Mapping[str, Sequence[bytes]], most_tokens: int = BATCH_TOKENS
-) -> Iterator[tuple[str, SampleBatch, TargetBatch]]:
+    dataset: TargetReader, ids_by_source: Mapping[str, Sequence[bytes]], most_tokens: int = BATCH_TOKENS
+) -> Iterator[tuple[str, Part]]:
     """Yield the samples of each source in batches of at most `most_tokens` and BATCH_TOKENS padded tokens."""
     if not any(ids_by_source.values()):
         raise InputError("there are no held-out samples to evaluate on; raise data.heldout_fraction")
     for source, ids in ids_by_source.items():
         if not ids:
             continue
-        samples, targets = dataset.read(list(ids))
-        size = max(1, min(most_tokens, BATCH_TOKENS) // int(samples.lengths().max()))
-        for first in range(0, len(samples), size):
-            rows = list(range(first, min(first + size, len(samples))))
-            yield source, samples.take(rows), targets.take(rows)
+        for part in dataset.parts(list(ids)):
+            size = max(1, min(most_tokens, BATCH_TOKENS) // int(part.samples.lengths().max()))
+            for first in range(0, len(part.samples), size):
+                yield source, part.take(np.arange(first, min(first + size, len(part.samples))))
 
 
 def _load(folder: str | Path, device: str) -> Any:

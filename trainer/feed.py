@@ -2,18 +2,20 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from storage.draws import draw_set
 from storage.hidden import states_tensor
-from storage.reader import Dataset
-from storage.samples import UInt8Array
-from trainer.batches import Batch, make_batch, take_microbatches
+from storage.parts import Part, TargetReader
+from storage.samples import Int64Array, UInt8Array
+from trainer.batches import Batch, join_batches, make_batch, take_microbatches
 from trainer.config import TrainConfig
 from trainer.sampler import PlannedOrder, rank_slice
 
@@ -68,23 +70,45 @@ class Feed:
 
 
 def step_loader(
-    dataset: Dataset, order: PlannedOrder, train: TrainConfig, rank: int, world_size: int
+    dataset: TargetReader, order: PlannedOrder, train: TrainConfig, rank: int, world_size: int
 ) -> Callable[[int], StepData]:
     """Return the function that reads and lays out a rank's part of a step."""
-    capture = dataset.identity.capture
-    kind = capture.kind
     layers = wanted_layers(train)
     part = rank_slice(train.global_batch_size, rank, world_size)
 
     def load(step: int) -> StepData:
-        samples, targets = dataset.read(order.step(step)[part])
+        ids = order.step(step)[part]
         # Another set of draws in each pass, as far as they go; the seed decides which one is first.
-        targets = draw_set(targets, kind, (order.step_epochs(step)[part] + train.seed) % capture.draw_sets)
-        rows = take_microbatches(len(samples), train.micro_batch_size)
-        batches = [make_batch(samples.take(list(r)), targets.take(list(r)), kind, layers) for r in rows]
-        return StepData(batches, samples.sample_id, int(samples.supervised.sum()), samples.num_tokens)
+        passes = order.step_epochs(step)[part] + train.seed
+        parts = [_one_set(piece, passes) for piece in dataset.parts(ids)]
+        batches = [_microbatch(parts, rows, layers) for rows in take_microbatches(len(ids), train.micro_batch_size)]
+        supervised = sum(int(piece.samples.supervised.sum()) for piece in parts)
+        return StepData(batches, _read_ids(parts), supervised, sum(piece.samples.num_tokens for piece in parts))
 
     return load
+
+
+def _one_set(part: Part, passes: Int64Array) -> Part:
+    capture = part.capture
+    targets = draw_set(part.targets, capture.kind, passes[part.asked] % capture.draw_sets)
+    return replace(part, targets=targets)
+
+
+def _microbatch(parts: Sequence[Part], rows: range, layers: tuple[str, ...]) -> Batch:
+    """Return the batch of the asked samples `rows`, those of one dataset after those of another."""
+    batches = []
+    for part in parts:
+        first, last = np.searchsorted(part.asked, [rows.start, rows.stop])
+        if first < last:
+            own = part.take(np.arange(first, last))
+            batches.append(make_batch(own.samples, own.targets, own.capture.kind, layers))
+    return join_batches(batches)
+
+
+def _read_ids(parts: Sequence[Part]) -> UInt8Array:
+    """Return the ids of the samples that were read, in the order in which they were asked for."""
+    order = np.argsort(np.concatenate([part.asked for part in parts]), kind="stable")
+    return np.concatenate([part.samples.sample_id for part in parts])[order]
 
 
 def wanted_layers(train: TrainConfig) -> tuple[str, ...]:
@@ -92,10 +116,13 @@ def wanted_layers(train: TrainConfig) -> tuple[str, ...]:
     return tuple(train.loss.hidden_map) if train.loss.hidden > 0 else ()
 
 
-def channel_variance(dataset: Dataset, ids: UInt8Array, layers: list[str]) -> dict[str, Tensor]:
+def channel_variance(dataset: TargetReader, ids: UInt8Array, layers: list[str]) -> dict[str, Tensor]:
     """Return the teacher's variance of each channel over the given samples: layer → float32 [width].
 
     The samples are the same for every batch and number of ranks, so that neither changes the loss.
     """
-    _, targets = dataset.read(ids)
-    return {layer: states_tensor(targets.hidden[layer]).float().var(dim=0, correction=0) for layer in layers}
+    parts = dataset.parts(ids)
+    return {
+        layer: torch.cat([states_tensor(part.targets.hidden[layer]).float() for part in parts]).var(dim=0, correction=0)
+        for layer in layers
+    }

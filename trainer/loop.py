@@ -17,10 +17,10 @@ import storage.errors
 from storage.errors import LecternError, WorkerError
 from storage.hidden import positions_per_state
 from storage.identity import DatasetIdentity
-from storage.reader import Dataset
 from storage.sample_set import SampleSet
 from storage.samples import UInt8Array
 from storage.shard_source import Reading
+from storage.union import DatasetUnion
 from trainer import checkpoint
 from trainer.config import CurriculumConfig, StudentConfig, TrainConfig
 from trainer.curriculum import planned_shares
@@ -43,7 +43,8 @@ class LoopSpec:
     student_folder: str | None
     train: TrainConfig
     curriculum: CurriculumConfig
-    dataset_url: str
+    dataset_urls: tuple[str, ...]
+    """The run's own dataset first."""
     identity: DatasetIdentity
     samples_url: str
     run_dir: str
@@ -103,7 +104,7 @@ class _Rank:
     def __init__(self, spec: LoopSpec, place: Place, stack: ExitStack) -> None:
         self.spec, self.place, self.train, self._stack = spec, place, spec.train, stack
         with _together():
-            self.dataset = Dataset.open(spec.dataset_url, spec.identity, spec.reading)
+            self.dataset = DatasetUnion.open(spec.dataset_urls, spec.identity, spec.reading)
             self.order = planned_order(SampleSet.open(spec.samples_url), spec.curriculum, self.train)
             module = self._build()
         self.engine = start_engine(module, self.train, place)

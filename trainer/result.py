@@ -1,13 +1,14 @@
 """What a run depends on, and what a finished one did."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Self
 
 from storage.errors import InputError
 from storage.identity import DatasetIdentity
+from storage.info import read_info
 from storage.object_store import Store
 from trainer.config import CurriculumConfig, StudentConfig, TrainConfig
 from trainer.sampler import PlannedOrder
@@ -62,8 +63,9 @@ def run_facts(
     curriculum: CurriculumConfig,
     identity: DatasetIdentity,
     samples_key: str,
+    also: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return, as flat `section.field` values, everything that the trained weights depend on."""
+    """Return, as flat `section.field` values, everything that the trained weights depend on; `also`: more datasets."""
     sections = {
         "student": student.model_dump(mode="json"),
         "curriculum": curriculum.model_dump(mode="json"),
@@ -71,6 +73,8 @@ def run_facts(
         "dataset": {"fingerprint": identity.fingerprint},
         "samples": {"key": samples_key},
     }
+    if also:
+        sections["dataset"]["also"] = [read_info(Store(url)).fingerprint for url in also]
     return dict(_flatten(sections, ""))
 
 

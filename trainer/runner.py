@@ -3,7 +3,7 @@
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ from typing import Any
 from storage.errors import InputError
 from storage.identity import DatasetIdentity
 from storage.object_store import Store
-from storage.reader import Dataset
 from storage.sample_set import SampleSet
 from storage.shard_source import DEFAULT_READING, Reading
+from storage.union import DatasetUnion
 from trainer import checkpoint
 from trainer.config import CurriculumConfig, LossConfig, StudentConfig, TrainConfig
 from trainer.engine import Device
@@ -50,6 +50,7 @@ def train_student(
     on_event: Event,
     tokenizer_folder: str | Path,
     reading: Reading = DEFAULT_READING,
+    also: Sequence[str] = (),
 ) -> TrainResult:
     """Train a student to the end and export it below `<run_dir>/<name>`.
 
@@ -61,8 +62,8 @@ def train_student(
         student: where the student comes from.
         train: the loop; `train.loss` decides between student and baseline (see `baseline_of`).
         curriculum: mixture of the sources over the steps.
-        dataset_url: captured targets of all training samples.
-        identity: what the dataset must have been captured from.
+        dataset_url: captured targets of the training samples.
+        identity: what the dataset at `dataset_url` must have been captured from.
         samples_url: the prepared samples.
         run_dir: any fsspec URL; checkpoints, metrics and the exported model lie below it.
         name: `student`, `baseline`, …: folder of the export and `run` in metrics.jsonl.
@@ -70,6 +71,7 @@ def train_student(
         on_event: progress.
         tokenizer_folder: local folder whose tokenizer files are put beside the exported model.
         reading: checks and memory of the ranks' readers; layers that the loss does not use are left unread.
+        also: further datasets, for samples that the first one does not hold.
 
     Raises:
         InputError: something does not fit together; nothing was trained.
@@ -77,14 +79,15 @@ def train_student(
     """
     run_dir = Store(run_dir).url
     samples = SampleSet.open(samples_url)
-    facts = run_facts(student, train, curriculum, identity, samples.key)
+    facts = run_facts(student, train, curriculum, identity, samples.key, also)
     done = recorded_result(run_dir, name, facts)
     if done is not None:
         return done
     folder = resolve_student(student, identity)
     order = planned_order(samples, curriculum, train)
-    _check_dataset(dataset_url, identity, order, train.loss)
-    _check_layers(student, folder, identity, train)
+    dataset = DatasetUnion.open([dataset_url, *also], identity, reading)
+    _check_dataset(dataset, order, train.loss)
+    _check_layers(student, folder, dataset, train)
     store = Store(run_dir).child(f"checkpoints/{name}")
     resume, at = _resume_point(store, facts)
     spec = LoopSpec(
@@ -93,7 +96,7 @@ def train_student(
         student_folder=folder,
         train=train,
         curriculum=curriculum,
-        dataset_url=Store(dataset_url).url,
+        dataset_urls=tuple(Store(url).url for url in (dataset_url, *also)),
         identity=identity,
         samples_url=Store(samples_url).url,
         run_dir=run_dir,
@@ -113,28 +116,35 @@ def train_student(
     return result
 
 
-def _check_dataset(url: str, identity: DatasetIdentity, order: PlannedOrder, loss: LossConfig) -> None:
-    if loss.kl > 0:
-        require_kind(ForwardKL(), identity.capture.kind, SPARSE_LOSSES)
-    dataset = Dataset.open(url, identity)
+def _check_dataset(dataset: DatasetUnion, order: PlannedOrder, loss: LossConfig) -> None:
+    for kind in dataset.kinds if loss.kl > 0 else ():
+        require_kind(ForwardKL(), kind, SPARSE_LOSSES)
     missing = len(dataset.missing(order.used_ids()))
     if missing:
         raise InputError(
-            f"{missing} of the samples that the curriculum uses are not in {dataset.store.shown()}; run the capture, "
-            "which scores what is missing"
+            f"{missing} of the samples that the curriculum uses are not in {dataset.shown()}; run the capture, which "
+            "scores what is missing"
         )
 
 
-def _check_layers(student: StudentConfig, folder: str | None, identity: DatasetIdentity, train: TrainConfig) -> None:
+def _check_layers(student: StudentConfig, folder: str | None, dataset: DatasetUnion, train: TrainConfig) -> None:
     if train.loss.hidden <= 0:
         return
-    held = identity.capture.hidden
-    for layer in train.loss.hidden_map:
-        if layer not in held:
+    identity = dataset.identity
+    for other in dataset.datasets:
+        if other.identity.teacher.weights != identity.teacher.weights:
             raise InputError(
-                f"the dataset holds no hidden states of layer {layer!r}; it holds {', '.join(held) or 'none'}. Name "
-                "one of these in train.loss.hidden_map, or add the layer to cache.hidden and capture again"
+                f"{other.store.shown()} holds another teacher's hidden states, which mean something else; leave it out "
+                "of cache.also, or set train.loss.hidden to 0"
             )
+        held = other.identity.capture.hidden
+        for layer in train.loss.hidden_map:
+            if layer not in held:
+                raise InputError(
+                    f"{other.store.shown()} holds no hidden states of layer {layer!r}; it holds "
+                    f"{', '.join(held) or 'none'}. Name one of these in train.loss.hidden_map, or add the layer to "
+                    "cache.hidden and capture again"
+                )
     examine(build_student(student, folder, identity), list(train.loss.hidden_map.values()), train.zero_stage)
 
 

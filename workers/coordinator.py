@@ -13,9 +13,10 @@ from typing import Any
 from storage.config import CacheConfig
 from storage.errors import LecternError, WorkerError
 from storage.identity import DatasetIdentity
-from storage.reader import Dataset
+from storage.parts import TargetReader
 from storage.sample_set import SampleSet
 from storage.samples import Int64Array
+from storage.union import DatasetUnion, dataset_urls
 from storage.writer import DatasetWriter
 from workers.config import TeacherConfig
 from workers.fleet import LocalReplica, log_hint, rank_bundle
@@ -96,7 +97,7 @@ class CaptureResult:
         }
 
 
-def missing_rows(samples: SampleSet, rows: Sequence[int] | Int64Array, dataset: Dataset) -> list[int]:
+def missing_rows(samples: SampleSet, rows: Sequence[int] | Int64Array, dataset: TargetReader) -> list[int]:
     """Return those of `rows` whose samples are not in the dataset yet."""
     ids = samples.ids(rows)
     return [int(rows[index]) for index in dataset.missing(ids)]
@@ -132,7 +133,7 @@ def capture(
     writer = DatasetWriter.create(cache.url, identity, model_facts(model_folder).vocab_size, cache.codec)
     if writer.lease is not None:
         notify({"event": "single_writer", "url": writer.store.shown(), "owner": writer.lease.record.owner})
-    missing = missing_rows(samples, rows, Dataset.open(cache.url, identity))
+    missing = missing_rows(samples, rows, DatasetUnion.open(dataset_urls(cache), identity))
     units = plan_units(missing, samples.num_tokens, samples.sample_ids, identity.fingerprint, cache.unit_tokens, rows)
     result = CaptureResult(reused_samples=len(rows) - len(missing))
     notify(

@@ -10,8 +10,10 @@ from cluster.config import RunConfig
 from cluster.rundir import METRICS_KEY, RESOLVED_KEY, RunDir
 from cluster.sample_view import SampleView, view_sample
 from storage.columns import column_bytes
+from storage.parts import TargetReader
 from storage.reader import Dataset
 from storage.tokenizer import Tokenizer
+from storage.union import DatasetUnion
 
 RUNS = ("student", "baseline")
 STAGES = ("prepare", "teacher", "capture", "student", "baseline", "evaluate")
@@ -68,7 +70,8 @@ def collect(run: RunDir, config: RunConfig, dataset: Dataset, tokenizer: Tokeniz
     }
     raw = run.store.read_if_exists(RESOLVED_KEY) or b""
     shown = results["evaluate"].get("shown", [])
-    views = sample_views(dataset, tokenizer, [entry["sample_id"] for entry in shown])
+    union = DatasetUnion([dataset, *(Dataset.open(url) for url in config.cache.also)])
+    views = sample_views(union, tokenizer, [entry["sample_id"] for entry in shown])
     student = {entry["sample_id"]: student_tokens(entry["tokens"], tokenizer) for entry in shown}
     return ReportData(summary, curves, mixture, column_bytes(dataset), views, student, raw.decode())
 
@@ -106,15 +109,15 @@ def stage_seconds(run: RunDir) -> dict[str, float]:
     return seconds
 
 
-def sample_views(dataset: Dataset, tokenizer: Tokenizer, sample_ids: list[str]) -> list[SampleView]:
+def sample_views(dataset: TargetReader, tokenizer: Tokenizer, sample_ids: list[str]) -> list[SampleView]:
     """Return the views of the named samples (hex ids) that the dataset holds."""
     ids = [bytes.fromhex(sample_id) for sample_id in sample_ids]
     absent = set(dataset.missing(ids).tolist()) if ids else set()
     kept = [sample_id for n, sample_id in enumerate(ids) if n not in absent]
     if not kept:
         return []
-    samples, targets = dataset.read(kept)
-    return [view_sample(samples, targets, row, tokenizer.token_text) for row in range(len(kept))]
+    parts = [dataset.parts([sample_id])[0] for sample_id in kept]
+    return [view_sample(part.samples, part.targets, 0, tokenizer.token_text) for part in parts]
 
 
 def student_tokens(tokens: list[dict[str, Any]], tokenizer: Tokenizer) -> list[StudentToken | None]:

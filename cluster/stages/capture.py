@@ -17,6 +17,7 @@ from storage.object_store import Store
 from storage.reader import Dataset
 from storage.samples import Int64Array
 from storage.shard_source import Reading
+from storage.union import open_existing
 
 FLEET_EVERY_S = 30.0
 """Seconds between lines about the fleet in events.jsonl."""
@@ -55,10 +56,10 @@ def capture(work: Workspace) -> dict[str, Any]:
 
 
 def missing_rows(work: Workspace, rows: Int64Array) -> Int64Array:
-    """Return those of `rows` that the dataset does not hold yet."""
-    if check_dataset(work.config, work.tokenizer, work.identity) is None:
-        return rows
-    return rows[open_dataset(work).missing(work.samples.ids(rows))]
+    """Return those of `rows` that no dataset of the run holds yet."""
+    check_dataset(work.config, work.tokenizer, work.identity)
+    dataset = open_existing(work.config.cache, work.identity)
+    return rows if dataset is None else rows[dataset.missing(work.samples.ids(rows))]
 
 
 def _compact(work: Workspace) -> None:

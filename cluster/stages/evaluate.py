@@ -9,9 +9,10 @@ from typing import Any
 from cluster.progress import Shown
 from cluster.rundir import RunDir, stage_key
 from cluster.selection import heldout_rows
-from cluster.stages.capture import open_dataset
 from cluster.workspace import Workspace
 from storage.errors import InputError
+from storage.shard_source import Reading
+from storage.union import DatasetUnion, dataset_urls
 
 Ids = dict[str, list[bytes]]
 
@@ -47,7 +48,7 @@ def evaluate(work: Workspace, names: list[str]) -> dict[str, Any]:
 def _scores(work: Workspace, names: list[str], ids: Ids, task: Shown) -> dict[str, Any]:
     from trainer.evaluation import evaluate_model, evaluate_teacher, token_views
 
-    dataset = open_dataset(work)
+    dataset = DatasetUnion.open(dataset_urls(work.config.cache), work.identity, Reading.of(work.config.cache))
     device = _device(work)
     per_model = sum(len(chosen) for chosen in ids.values())
     result: dict[str, Any] = {"teacher": evaluate_teacher(dataset, ids)}

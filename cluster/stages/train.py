@@ -21,7 +21,7 @@ def train(work: Workspace, name: str) -> dict[str, Any]:
     """
     config = work.config
     settings = config.train if name == "student" else config.train.model_copy(update={"loss": BASELINE_LOSS})
-    facts = run_facts(config.student, settings, config.curriculum, work.identity, work.samples.key)
+    facts = run_facts(config.student, settings, config.curriculum, work.identity, work.samples.key, config.cache.also)
     with work.stage(name) as outcome, work.progress.task(f"Training the {name}", "steps") as task:
         result = recorded_result(work.run.url, name, facts)
         outcome.skipped = result is not None
@@ -61,4 +61,5 @@ def _fit(work: Workspace, name: str, settings: TrainConfig, task: Shown) -> Trai
         on_event=on_event,
         tokenizer_folder=work.model_folder,
         reading=Reading.of(config.cache),
+        also=config.cache.also,
     )

@@ -26,7 +26,7 @@ def loop_spec(run: TinyRun, run_dir: Path, **train: Any) -> LoopSpec:
         student_folder=None,
         train=train_config(**train),
         curriculum=CurriculumConfig(start={"general": 0.9, "domain": 0.1}, end={"general": 0.1, "domain": 0.9}),
-        dataset_url=run.dataset_url,
+        dataset_urls=(run.dataset_url,),
         identity=run.identity,
         samples_url=run.samples.url,
         run_dir=str(run_dir),

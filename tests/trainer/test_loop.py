@@ -109,7 +109,7 @@ def test_a_damaged_shard_stops_all_ranks_with_its_own_error(hybrid_run: TinyRun,
     for key in source.list():
         data = source.read(key)
         copy.write(key, data[:-1] + b"\0" if key.startswith("data/unit1") else data)
-    spec = replace(loop_spec(hybrid_run, tmp_path, workers=2), dataset_url=copy.url)
+    spec = replace(loop_spec(hybrid_run, tmp_path, workers=2), dataset_urls=(copy.url,))
     name, message = run_ranks(spec)["error"]
     assert name == "IntegrityError"
     assert "unit1" in message

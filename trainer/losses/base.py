@@ -13,7 +13,7 @@ from storage.errors import InputError
 class SparseTargets:
     """Targets of P positions with E entries, as tensors; position p owns `entry_offsets[p]:entry_offsets[p+1]`."""
 
-    kind: str  # topk, hybrid, sampled, dense or text
+    kind: str  # topk, hybrid, sampled, dense, text, or `mixed` where the positions' kinds differ
     label: Tensor  # int64 [P], the token that stands in the text
     entry_offsets: Tensor  # int64 [P + 1]
     id: Tensor  # int64 [E]
@@ -21,6 +21,7 @@ class SparseTargets:
     logprob: Tensor  # float32 [E], teacher log-probability of each entry
     tail_mass: Tensor  # float32 [P], teacher probability outside the entries
     entropy: Tensor  # float32 [P], mean teacher entropy of the sample that the position belongs to
+    runs: tuple[tuple[str, int], ...] = ()  # where mixed: (kind, position after its last), in order
 
     @property
     def num_positions(self) -> int:
@@ -29,14 +30,22 @@ class SparseTargets:
 
     def to(self, device: torch.device | str) -> "SparseTargets":
         """Return the same targets on a device."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "kind"}
-        return SparseTargets(kind=self.kind, **moved)
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if f.name not in {"kind", "runs"}
+        }
+        return SparseTargets(kind=self.kind, runs=self.runs, **moved)
+
+    def edges(self) -> list[int]:
+        """Return where the kind changes, 0 and P included."""
+        return [0, *(end for _, end in self.runs)] if self.runs else [0, self.num_positions]
 
     def positions(self, first: int, last: int) -> "SparseTargets":
-        """Return the targets of positions `first` to `last`."""
+        """Return the targets of positions `first` to `last`, which must be of one kind."""
         begin, end = int(self.entry_offsets[first]), int(self.entry_offsets[last])
         return SparseTargets(
-            kind=self.kind,
+            kind=next((kind for kind, end in self.runs if end >= last), self.kind),
             label=self.label[first:last],
             entry_offsets=self.entry_offsets[first : last + 1] - begin,
             id=self.id[begin:end],

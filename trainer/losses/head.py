@@ -7,6 +7,7 @@ while they are at hand, and only the gradients on hidden states and head survive
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -143,5 +144,7 @@ def _weights(terms: HeadTerms, like: Tensor) -> Tensor:
 
 def _chunks(targets: SparseTargets, vocabulary: int) -> list[tuple[SparseTargets, int, int]]:
     size = max(MIN_CHUNK, CHUNK_BYTES // (4 * vocabulary))
-    edges = [(first, min(first + size, targets.num_positions)) for first in range(0, targets.num_positions, size)]
+    edges = [
+        (first, min(first + size, end)) for begin, end in pairwise(targets.edges()) for first in range(begin, end, size)
+    ]
     return [(targets.positions(first, last), first, last) for first, last in edges]

@@ -1,0 +1,39 @@
+"""What a reader of one or of several datasets hands over: the asked samples, by the dataset that serves them."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from storage.catalog import SampleIds
+from storage.identity import CaptureIdentity, DatasetIdentity
+from storage.samples import Int64Array, SampleBatch
+from storage.targets import TargetBatch
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The asked samples that one dataset serves."""
+
+    capture: CaptureIdentity
+    """What that dataset keeps: decides how its targets are read."""
+    asked: Int64Array  # [N], rising: which of the asked samples these are
+    samples: SampleBatch  # N
+    targets: TargetBatch  # N
+
+    def take(self, rows: Int64Array) -> "Part":
+        """Return the samples at `rows` of this part."""
+        picked = rows.tolist()
+        return Part(self.capture, self.asked[rows], self.samples.take(picked), self.targets.take(picked))
+
+
+class TargetReader(Protocol):
+    """What can be trained on: a dataset, or several."""
+
+    @property
+    def identity(self) -> DatasetIdentity:
+        """Identity of the dataset, or of the first one."""
+
+    def missing(self, sample_ids: SampleIds) -> Int64Array:
+        """Return the indices of the asked samples that no dataset holds."""
+
+    def parts(self, sample_ids: SampleIds) -> list[Part]:
+        """Return the asked samples, one part for each dataset that serves some."""
