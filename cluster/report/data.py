@@ -19,6 +19,17 @@ RUNS = ("student", "baseline")
 STAGES = ("prepare", "teacher", "capture", "student", "baseline", "evaluate")
 
 _MIXTURE_BINS = 60
+_CAPTURE_KEYS = (
+    "tokens_per_s",
+    "forward_tokens_per_s",
+    "efficiency",
+    "padding",
+    "seconds",
+    "ranks",
+    "replicas_lost",
+    "failed_units",
+    "fleet",
+)
 
 
 @dataclass(frozen=True)
@@ -59,10 +70,7 @@ def collect(run: RunDir, config: RunConfig, dataset: Dataset, tokenizer: Tokeniz
         "teacher": {key: results["teacher"].get(key) for key in ("name", "path", "fingerprint", "parameters")},
         "student": {"path": results["student"].get("path"), "parameters": results["student"].get("parameters")},
         "cache": _cache(dataset, results["capture"]),
-        "capture": {
-            key: results["capture"].get("last", {}).get(key)
-            for key in ("tokens_per_s", "forward_tokens_per_s", "efficiency", "seconds", "ranks")
-        },
+        "capture": {key: results["capture"].get("last", {}).get(key) for key in _CAPTURE_KEYS},
         "data": results["prepare"],
         "train": _train(results["student"], mixture),
         "eval": {name: results["evaluate"].get(name) for name in ("teacher", "student", "baseline")},

@@ -176,17 +176,7 @@ def _run(data: ReportData) -> Section:
     seconds = summary["run"]["seconds"]
     bars = [Bar(name, "var(--one)", value) for name, value in seconds.items()]
     capture, cost = summary["capture"], summary["cost"]
-    rows = []
-    if capture.get("forward_tokens_per_s"):
-        rows.append(["capture, tokens/s", f"{capture['tokens_per_s']:,.0f}"])
-        rows.append(["forward pass, tokens/s", f"{capture['forward_tokens_per_s']:,.0f}"])
-    for rank in capture.get("ranks") or []:
-        share = rank["parameters_held"] / max(rank["parameters_total"], 1)
-        rows.append([f"teacher rank {rank['rank']}", f"{count(rank['parameters_held'])} parameters, {share:.0%}"])
-    replicated = sorted({name for rank in capture.get("ranks") or [] for name in rank.get("replicated") or []})
-    if replicated:
-        more = f" and {len(replicated) - _SHOWN_NAMES} more" if len(replicated) > _SHOWN_NAMES else ""
-        rows.append(["whole on every rank", ", ".join(replicated[:_SHOWN_NAMES]) + more])
+    rows = _capture_rows(capture, cost["currency"])
     if summary["train"].get("order_digest"):
         rows.append(["order of samples", str(summary["train"]["order_digest"])])
     cap = f" of at most {cost['cap']:,.2f}" if cost["cap"] else ""
@@ -198,6 +188,31 @@ def _run(data: ReportData) -> Section:
         _table("Facts", [], rows),
     ]
     return _section("run", "The run", "Where the time went, and how the teacher was split over its ranks.", figures)
+
+
+def _capture_rows(capture: dict[str, Any], currency: str) -> list[list[str]]:
+    rows = []
+    if capture.get("forward_tokens_per_s"):
+        rows.append(["capture, tokens/s", f"{capture['tokens_per_s']:,.0f}"])
+        rows.append(["forward pass, tokens/s", f"{capture['forward_tokens_per_s']:,.0f}"])
+    for rank in capture.get("ranks") or []:
+        share = rank["parameters_held"] / max(rank["parameters_total"], 1)
+        rows.append([f"teacher rank {rank['rank']}", f"{count(rank['parameters_held'])} parameters, {share:.0%}"])
+    replicated = sorted({name for rank in capture.get("ranks") or [] for name in rank.get("replicated") or []})
+    if replicated:
+        more = f" and {len(replicated) - _SHOWN_NAMES} more" if len(replicated) > _SHOWN_NAMES else ""
+        rows.append(["whole on every rank", ", ".join(replicated[:_SHOWN_NAMES]) + more])
+    if capture.get("padding"):
+        rows.append(["padding in the forward passes", _share(capture["padding"])])
+    fleet = capture.get("fleet") or {}
+    if fleet.get("machine_s"):
+        price = f", {fleet['idle_cost']:,.2f} {currency}" if fleet["idle_cost"] else ""
+        rows.append(["idle time of the replicas", _share(fleet["idle_s"] / fleet["machine_s"]) + price])
+    if capture.get("replicas_lost"):
+        rows.append(["replicas lost and replaced", str(capture["replicas_lost"])])
+    failed = capture.get("failed_units") or []
+    rows += [[f"unit {unit['unit']} failed", f"{unit['samples']} samples: {unit['error']}"] for unit in failed]
+    return rows
 
 
 def _three(value: float) -> str:

@@ -98,6 +98,21 @@ def test_the_page_shows_figures_samples_and_config(page: str) -> None:
     assert "window_tokens: 64" in page
 
 
+def test_failed_units_and_idle_time_are_listed(world: World) -> None:
+    run = finished_run(world)
+    failed = [{"unit": "ab12", "samples": 3, "attempts": 3, "error": f"NaN {EVIL}"}]
+    fleet = {"machine_s": 100.0, "idle_s": 25.0, "idle_cost": 1.5}
+    last = {"tokens_per_s": 9.0, "padding": 0.125, "replicas_lost": 2, "failed_units": failed, "fleet": fleet}
+    run.finish("capture", "k", {"scored_samples": 7, "reused_samples": 2, "last": last})
+    write_report(run, world.config, Dataset.open(world.values["cache"]["url"]), Tokenizer.load(world.teacher))
+    found = json.loads((world.run_dir / "report.json").read_text())
+    assert found["capture"]["failed_units"] == failed
+    page = (world.run_dir / "report.html").read_text()
+    for text in ("unit ab12 failed", "3 samples: NaN", "25.0%, 1.50 USD", "12.5%", "replicas lost and replaced"):
+        assert text in page
+    assert EVIL not in page
+
+
 def test_a_run_that_has_only_captured_shows_that_and_no_more(world: World) -> None:
     world.capture()
     run = RunDir(world.run_dir)
