@@ -192,6 +192,9 @@ def show_sample(out: Terminal, view: "SampleView") -> None:
         f"first choice right {view.agreement:.0%}"
     )
     table = _table("#", "token", "p(token)", "teacher's first choices", "tail", "entropy")
+    # One line a token: on a narrow screen the last choices are cut, not wrapped.
+    for column in table.columns:
+        column.no_wrap = column.header != "teacher's first choices"
     for token in view.tokens:
         shown = Text(visible(token.text), style="bold green" if token.agrees else "")
         if not token.supervised:
@@ -201,7 +204,12 @@ def show_sample(out: Terminal, view: "SampleView") -> None:
         choices = "  ".join(f"{visible(choice.text)} {choice.probability:.3f}" for choice in token.choices)
         bound = "≥ " if token.tail > 0 else ""
         table.add_row(
-            str(token.position), shown, own, Text(choices), f"{token.tail:.3f}", f"{bound}{token.entropy:.2f}"
+            str(token.position),
+            shown,
+            own,
+            Text(choices, no_wrap=True, overflow="ellipsis"),
+            f"{token.tail:.3f}",
+            f"{bound}{token.entropy:.2f}",
         )
     out.show(table)
 

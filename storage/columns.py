@@ -37,7 +37,8 @@ def column_bytes(dataset: Dataset, most_units: int = 16) -> list[tuple[str, int]
         for group in range(footer.num_row_groups):
             for column in range(footer.num_columns):
                 chunk = footer.row_group(group).column(column)
-                name = chunk.path_in_schema.partition(".")[0]
+                # Names of layers have dots of their own.
+                name = chunk.path_in_schema.removesuffix(".list.element")
                 totals[name] = totals.get(name, 0) + chunk.total_compressed_size
     return sorted(totals.items(), key=lambda item: -item[1])
 

@@ -112,6 +112,7 @@ def _score(
     )
     own = identity.model_copy(update={"capture": entries})
     store = Store(url)
+    _clear(store)
     try:
         result = capture(
             teacher, cache.model_copy(update={"url": url}), model_folder, samples, rows, own, device, on_event
@@ -120,5 +121,9 @@ def _score(
             raise WorkerError(f"the samples could not be scored again: {result.failed_units[0]['error']}")
         return Dataset.open(url, own).read(samples.ids(rows))[1]
     finally:
-        for key in store.list():
-            store.delete(key)
+        _clear(store)
+
+
+def _clear(store: Store) -> None:
+    for key in store.list():
+        store.delete(key)

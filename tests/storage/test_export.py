@@ -87,7 +87,8 @@ def test_an_export_that_was_cut_off_goes_on_and_never_mixes(
 
 
 def test_the_card_says_what_the_dataset_holds(tmp_path: Path, make_identity: MakeIdentity, make_unit: MakeUnit) -> None:
-    dataset = write(str(tmp_path / "a"), make_identity(hidden=["final"], name="owner/model"), make_unit)
+    layers = ["final", "model.layers.1", "model.layers.2"]
+    dataset = write(str(tmp_path / "a"), make_identity(hidden=layers, name="owner/model"), make_unit)
     key = write_card(dataset)
     text = dataset.store.read(key).decode()
     _, front, body = text.split("---\n", 2)
@@ -103,7 +104,8 @@ def test_the_card_says_what_the_dataset_holds(tmp_path: Path, make_identity: Mak
         f"{totals.supervised:,} of them supervised",
         f"{totals.bytes:,} bytes",
         "hybrid, top_k 6, draws 5",
-        "hidden final",
+        "hidden final + model.layers.1 + model.layers.2",
+        "| `hidden_model.layers.2` |",
         dataset.info.fingerprint,
         'load_dataset("THIS FOLDER", split="train")',
     ):
