@@ -8,12 +8,17 @@ from workers.ledger.ledger import Standing
 from workers.model_folder import resolve_model
 
 
-def check_budget(config: RunConfig) -> None:
+def check_api(config: RunConfig) -> None:
     """Check endpoint, prices and caps against each other; InputError for what could overspend or cannot be kept."""
-    api, budget = config.teacher.api, config.budget
+    api, budget, cache = config.teacher.api, config.budget, config.cache
     for name in ("base_url", "model"):
         if getattr(api, name) is None:
             raise InputError(f"teacher.api.{name} is not set; a teacher behind an API needs it")
+    if config.teacher.kind == "api" and (cache.kind not in {"topk", "text"} or cache.hidden):
+        raise InputError(
+            f"cache.kind {cache.kind} needs the teacher's whole distribution, and hidden states need its weights; an "
+            "endpoint gives its best entries at most: set cache.kind to topk (or text) and cache.hidden to []"
+        )
     money = budget.cap is not None or budget.dataset.cap is not None
     if money and api.prices is None:
         raise InputError(

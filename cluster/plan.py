@@ -5,6 +5,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from cluster.api_plan import api_plan
 from cluster.checks import (
     check_curriculum,
     check_dataset,
@@ -23,6 +24,7 @@ from storage.sample_set import SampleSet, prepare_samples
 from storage.samples import Int64Array
 from storage.tokenizer import Tokenizer
 from storage.union import open_existing
+from workers.api.identity import api_identity
 from workers.embedded import ensure_tokenizer, find_teacher
 from workers.model_folder import resolve_model, teacher_identity
 from workers.units import plan_units
@@ -69,6 +71,8 @@ class Plan:
     """Samples that training consumes, repeats counted."""
     passes: dict[str, float]
     """How often training passes over each source."""
+    api: dict[str, Any] | None = None
+    """What a teacher behind an API would cost; see `api_plan.api_plan`."""
     checks: list[str] = field(default_factory=list)
     """What was checked and found right."""
     unknown: list[str] = field(default_factory=list)
@@ -125,6 +129,7 @@ def make_plan(config: RunConfig, run: RunDir, tokens_per_s: float | None = None)
         steps=config.train.steps,
         train_samples=config.train.steps * config.train.global_batch_size,
         passes={name: round(times, 2) for name, times in source_passes(config, samples).items()},
+        api=api_plan(config, len(missing), missing_tokens) if config.teacher.kind == "api" else None,
         checks=checks,
         unknown=unknown,
     )
@@ -150,6 +155,9 @@ def _tokenizer(config: RunConfig, checks: list[str]) -> Tokenizer:
 
 def _identity(config: RunConfig, tokenizer: Tokenizer, checks: list[str], unknown: list[str]) -> DatasetIdentity | None:
     """The dataset's identity, where the teacher's weights are on this machine."""
+    if config.teacher.kind == "api" and config.teacher.name != "embedded":
+        light = resolve_model(config.teacher.name, config.teacher.revision, weights=False)
+        return api_identity(light, config.teacher, config.cache, tokenizer, uses_chat_template(config.data))
     if config.teacher.name == "embedded":
         folder = find_teacher(config.teacher.embedded, config.data)
         why = "the embedded teacher is not trained yet (about two minutes on two cores)"

@@ -31,7 +31,12 @@ def show_plan(out: Terminal, plan: "Plan") -> None:
         "expected size",
         f"{size(plan.expected_bytes)} more ({plan.bytes_per_token:g} bytes per supervised token, {basis})",
     )
-    facts.add_row("teacher-hours", _hours(plan))
+    if plan.api is None:
+        facts.add_row("teacher-hours", _hours(plan))
+    else:
+        for name, part in plan.api["parts"].items():
+            facts.add_row(name, _requests(part, plan.api))
+        facts.add_row("caps", _caps(plan.api))
     passes = ", ".join(f"{times:.2f} × {name}" for name, times in plan.passes.items())
     facts.add_row("training", f"{plan.steps:,} steps, {plan.train_samples:,} samples: {passes}")
     out.show(facts)
@@ -39,6 +44,25 @@ def show_plan(out: Terminal, plan: "Plan") -> None:
         out.say(f"  ✓ {check}")
     for gap in plan.unknown:
         out.say(f"  ? {gap}")
+
+
+def _requests(part: dict[str, Any], api: dict[str, Any]) -> str:
+    asked = (
+        f"{part['requests']:,} requests ({part['reused']:,} more are on disk), {count(part['expected_tokens'])} tokens"
+    )
+    if not api["priced"]:
+        return f"{asked}, at most {count(part['worst_tokens'])}; no prices are set"
+    return (
+        f"{asked}: {part['expected']:,.4g} {api['currency']} expected, {part['worst']:,.4g} at worst "
+        f"({count(part['worst_tokens'])} tokens); repeated attempts come on top, within the cap"
+    )
+
+
+def _caps(api: dict[str, Any]) -> str:
+    if api["cap"] is None:
+        return "no cap in money for this run"
+    share = api["worst"] / api["cap"]
+    return f"{api['cap']:,.6g} {api['currency']} for this run, {share:.0%} of it at worst without repeated attempts"
 
 
 def _hours(plan: "Plan") -> str:

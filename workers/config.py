@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from storage.settings import Settings
-from workers.api.config import ApiConfig
+from workers.api.config import ApiConfig, Signal
 
 
 class EmbeddedTeacherConfig(Settings):
@@ -73,6 +73,8 @@ class TeacherConfig(Settings):
     """Seconds in which every rank must answer, and finish a batch while it has work; else its replica is replaced."""
     api: ApiConfig = ApiConfig()
     """The endpoint of an `api` teacher."""
+    require: Signal | None = None
+    """The least that an `api` teacher must give; none takes the richest that there is, and says what that is."""
     embedded: EmbeddedTeacherConfig = EmbeddedTeacherConfig()
     """Shape of the embedded teacher; used where `name` is `embedded`."""
 

@@ -4,20 +4,23 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from cluster.budget import standing_text
 from cluster.checks import check_dataset
 from cluster.figures import count
 from cluster.progress import Shown
 from cluster.selection import capture_rows
+from cluster.stages.capture_api import score_api
 from cluster.workspace import Workspace
 from storage.card import write_card
 from storage.compaction import compact_if_due
-from storage.errors import WorkerError
+from storage.errors import BudgetError, WorkerError
 from storage.info import read_info
 from storage.object_store import Store
 from storage.reader import Dataset
 from storage.samples import Int64Array
 from storage.shard_source import Reading
 from storage.union import open_existing
+from workers.ledger.ledger import Standing
 
 FLEET_EVERY_S = 30.0
 """Seconds between lines about the fleet in events.jsonl."""
@@ -33,11 +36,15 @@ def capture(work: Workspace) -> dict[str, Any]:
     """
     rows = capture_rows(work.samples, work.config.evaluate.samples_per_source)
     failed: list[dict[str, Any]] = []
+    stopped: str | None = None
+    unanswered: dict[str, int] = {}
     with work.stage("capture") as outcome, work.progress.task("Capturing soft targets", "tokens") as task:
         before = (work.run.result("capture") or {}).get("last", {})
         result: dict[str, Any] = {"scored_samples": 0, "reused_samples": len(rows), "last": before}
         if len(missing_rows(work, rows)):
             result = _score(work, rows, task)
+            stopped = result["last"].get("stopped")
+            unanswered = result["last"].get("unanswered", {})
             failed = result["last"]["failed_units"]
         if len(rows):
             _compact(work)
@@ -47,6 +54,14 @@ def capture(work: Workspace) -> dict[str, Any]:
     work.run.finish("capture", work.identity.fingerprint, result)
     if result["scored_samples"]:
         write_card(open_dataset(work))
+    if stopped is not None:
+        raise BudgetError(stopped)
+    if unanswered:
+        reason, number = max(unanswered.items(), key=lambda item: item[1])
+        raise WorkerError(
+            f"{sum(unanswered.values())} samples got no answer, {number} of them because of {reason}; all others are "
+            "committed, and the same command asks only for these again"
+        )
     if failed:
         raise WorkerError(
             f"{len(failed)} units could not be scored, the first after {failed[0]['attempts']} attempts: "
@@ -77,6 +92,8 @@ def open_dataset(work: Workspace) -> Dataset:
 
 
 def _score(work: Workspace, rows: Int64Array, task: Shown) -> dict[str, Any]:
+    if work.config.teacher.kind == "api":
+        return score_api(work, rows, task, _Follower(work, task).on_event)
     session = work.ray(task)
     from workers.coordinator import capture as score_missing
 
@@ -140,7 +157,7 @@ class _Follower:
                 self._total = facts["tokens"]
                 self._task.update(0, self._total, f"{facts['units']} units, starting the teacher")
             case "replica_started":
-                if not self._told:
+                if not self._told and all("rank" in rank for rank in facts["ranks"]):
                     self._told = True
                     self._task.start_from(self._done, self._total)
                     self._task.say(describe_ranks(facts["ranks"]))
@@ -151,6 +168,8 @@ class _Follower:
                 self._task.update(self._done, self._total, describe_fleet(facts, self._work.config.budget.currency))
             case "waiting_for_resources":
                 self._task.say(f"  replica {facts['replica']} waits for {facts['needed']}: {facts['why']}")
+            case "spending":
+                self._task.note(standing_text(Standing(**facts), 0))
             case "unit_failed" | "replica_lost" | "unit_retried":
                 self._task.say(f"  {event['event'].replace('_', ' ')}: {facts['error']}")
 

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from cluster.budget import check_budget, standing_text, token_counter
+from cluster.budget import check_api, standing_text, token_counter
 from cluster.config import RunConfig
 from cluster.progress import Progress, Shown
 from cluster.rundir import RunDir
@@ -34,7 +34,7 @@ def generate(config: RunConfig, run: RunDir, progress: Progress) -> dict[str, An
         WorkerError: some requests got no answer; all others are written, and a later run asks only those.
     """
     own, api = config.generate, config.teacher.api
-    check_budget(config)
+    check_api(config)
     if own.url is None:
         raise InputError("generate.url is not set; name the folder or URL that the completions go to")
     read_key(api)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from cluster.budget import check_api
 from cluster.checks import (
     check_curriculum,
     check_dataset,
@@ -13,8 +14,10 @@ from cluster.checks import (
 )
 from cluster.figures import count
 from cluster.workspace import Workspace
+from storage.errors import InputError
 from storage.sample_set import prepare_samples
 from storage.tokenizer import Tokenizer
+from workers.api.identity import api_identity
 from workers.embedded import ensure_teacher, ensure_tokenizer
 from workers.model_folder import resolve_model, teacher_identity
 
@@ -22,6 +25,13 @@ from workers.model_folder import resolve_model, teacher_identity
 def prepare(work: Workspace) -> None:
     """Turn text into samples below the run directory; checks all that can be checked before a model is loaded."""
     config = work.config
+    if config.teacher.kind == "api":
+        check_api(config)
+        if config.teacher.name == "embedded":
+            raise InputError(
+                "teacher.name is embedded, teacher.kind api; name the folder or hub name of the model behind the "
+                "endpoint: its tokenizer and config are needed to score text"
+            )
     check_places(config, work.run)
     work.run.write_config(config)
     with work.stage("prepare") as outcome, work.progress.task("Preparing samples", "samples") as task:
@@ -63,12 +73,13 @@ def teacher(work: Workspace) -> None:
                 note = f"loss {facts['loss']:.2f}, {count(facts['tokens_per_s'])} tokens/s"
                 task.update(facts["step"], facts["steps"], note)
 
+        by_api = config.teacher.kind == "api"
         if config.teacher.name == "embedded":
             work.model_folder = ensure_teacher(config.teacher.embedded, config.data, on_progress)
         else:
-            work.model_folder = resolve_model(config.teacher.name, config.teacher.revision)
+            work.model_folder = resolve_model(config.teacher.name, config.teacher.revision, weights=not by_api)
         check_teacher_fits(config, work.model_folder, work.tokenizer)
-        work.identity = teacher_identity(
+        work.identity = (api_identity if by_api else teacher_identity)(
             work.model_folder, config.teacher, config.cache, work.tokenizer, uses_chat_template(config.data)
         )
         check_dataset(config, work.tokenizer, work.identity)

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -30,6 +31,10 @@ class SetAsideError(Exception):
     """The endpoint will never answer this request; the message says why."""
 
 
+class RefusedRequestError(InputError):
+    """The endpoint does not take requests of this sort."""
+
+
 class GivenUpError(Exception):
     """All attempts at a request failed; a later run tries again."""
 
@@ -38,6 +43,10 @@ class _TryAgainError(Exception):
     def __init__(self, verdict: Verdict) -> None:
         super().__init__(verdict.reason)
         self.verdict = verdict
+
+
+Keep = Callable[[Reply], Awaitable[None]]
+"""Puts an answer on disk; returns when it is there."""
 
 
 @dataclass
@@ -90,8 +99,11 @@ class ApiClient:
         await self._client.close()
         await self.ledger.close()
 
-    async def ask(self, request: Request) -> Reply:
-        """Return the endpoint's answer.
+    async def ask(self, request: Request, keep: Keep | None = None) -> Reply:
+        """Return the endpoint's answer, once `keep` has put it on disk.
+
+        An answer is kept before its reservation is settled: whatever dies in between, an answer that is lost was in
+        flight by the ledger too.
 
         Raises:
             SetAsideError: the endpoint refuses this request for good.
@@ -113,7 +125,7 @@ class ApiClient:
             reraise=True,
         )
         try:
-            return await retrying(self._attempt, request)
+            return await retrying(self._attempt, request, keep)
         except _TryAgainError as error:
             raise GivenUpError(f"{error} ({self.api.max_attempts} attempts)") from None
 
@@ -133,23 +145,29 @@ class ApiClient:
         except (ValueError, KeyError, TypeError, TimeoutError):
             return []
 
-    async def _attempt(self, request: Request) -> Reply:
+    async def _attempt(self, request: Request, keep: Keep | None) -> Reply:
         worst = self.prices.worst(request.most_input, request.most_output)
         await self.limiter.acquire(worst.tokens)
+        place = _Place(self.limiter)
         try:
             name = await self.ledger.reserve(worst)
             # From here on only `settle` and `keep` say what became of the reservation.
-            return await self._send(request, name)
+            return await self._send(request, name, place, keep)
         finally:
-            self.limiter.release()
+            place.release()
 
-    async def _send(self, request: Request, reservation: str) -> Reply:
+    async def _send(self, request: Request, reservation: str, place: "_Place", keep: Keep | None) -> Reply:
         self.counters.attempts += 1
         began = datetime.now(UTC)
         try:
             async with asyncio.timeout(self.api.attempt_timeout_s):
                 data = await self._post(request)
+            # The endpoint has a place free while the disk is written.
+            place.release()
+            ended = datetime.now(UTC)
             reply = read_reply(data, request, self.count_tokens)
+            if keep is not None:
+                await keep(reply)
         except openai.APIStatusError as error:
             raise await self._failed(self._judge(error), reservation) from None
         except BrokenReplyError as error:
@@ -165,13 +183,13 @@ class ApiClient:
             verdict = Verdict(Action.RETRY, not isinstance(cause, _NOT_SENT), reason)
             raise await self._failed(verdict, reservation) from None
         except BaseException:
-            # Cancelled, or a defect: the request was out.
+            # Cancelled, a full disk, or a defect: the request was out.
             self._keep(reservation)
             raise
         if reply.usage is None:
             self._keep(reservation)
         else:
-            self.ledger.settle(reservation, self.prices.settled(reply.usage, began, datetime.now(UTC)))
+            self.ledger.settle(reservation, self.prices.settled(reply.usage, began, ended))
         self.counters.answered += 1
         self.limiter.answered()
         if reply.finish_reason == "content_filter":
@@ -223,7 +241,9 @@ class ApiClient:
                 names = [str(item.get("id")) for item in await self.models()]
             offers = f"it offers {', '.join(sorted(names)[:20])}" if names else "it does not list its models"
             return InputError(f"{where}: {verdict.reason}; {offers}; set teacher.api.model or teacher.api.base_url")
-        return InputError(f"{where} refuses the request ({verdict.reason}); mend teacher.api or the request's settings")
+        return RefusedRequestError(
+            f"{where} refuses the request ({verdict.reason}); mend teacher.api or the request's settings"
+        )
 
     def _judge(self, error: openai.APIStatusError) -> Verdict:
         body: Any = error.body if error.body is not None else error.response.text
@@ -239,3 +259,15 @@ class ApiClient:
         asked = error.verdict.retry_after_s if isinstance(error, _TryAgainError) else 0.0
         own = min(self.api.max_wait_s, 0.5 * 2 ** (state.attempt_number - 1))
         return asked + random.uniform(0.1, 0.3) if asked else random.uniform(own / 2, own)
+
+
+class _Place:
+    """A place among the requests in flight, given back once."""
+
+    def __init__(self, limiter: Limiter) -> None:
+        self._limiter: Limiter | None = limiter
+
+    def release(self) -> None:
+        limiter, self._limiter = self._limiter, None
+        if limiter is not None:
+            limiter.release()

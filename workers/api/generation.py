@@ -15,7 +15,7 @@ from workers.api.bounds import chat_bounds
 from workers.api.client import ApiClient, GivenUpError, SetAsideError
 from workers.api.config import ApiConfig, GenerateConfig
 from workers.api.prompts import Prompt
-from workers.api.reply import CountTokens, Request
+from workers.api.reply import CountTokens, Reply, Request
 
 
 @dataclass
@@ -103,8 +103,11 @@ async def ask_all(
 
 
 async def _ask_one(key: bytes, request: Request, client: ApiClient, answers: AnswerStore, result: AskResult) -> None:
+    async def keep(reply: Reply) -> None:
+        await answers.put(key, Answer(reply))
+
     try:
-        reply = await client.ask(request)
+        await client.ask(request, keep)
     except SetAsideError as error:
         await answers.put(key, Answer(None, str(error)))
         result.set_aside += 1
@@ -112,7 +115,6 @@ async def _ask_one(key: bytes, request: Request, client: ApiClient, answers: Ans
         reason = str(error)
         result.failed[reason] = result.failed.get(reason, 0) + 1
     else:
-        await answers.put(key, Answer(reply))
         result.answered += 1
 
 

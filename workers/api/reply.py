@@ -37,6 +37,8 @@ class Request:
     """Lower bound of the prompt's tokens."""
     wants_logprobs: bool = False
     """Whether an answer without log-probabilities is broken."""
+    check: Callable[["Reply"], None] | None = None
+    """Raises BrokenReplyError for an answer that does not fit the request."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def read_reply(data: bytes | dict[str, Any], request: Request, count: CountToken
         text = ""
     if request.wants_logprobs and logprobs is None and prompt_logprobs is None and not refused:
         raise BrokenReplyError("the answer holds no log-probabilities, though they were asked for", usage)
-    return Reply(
+    reply = Reply(
         text=text,
         reasoning=reasoning if isinstance(reasoning, str) else None,
         finish_reason=choice.get("finish_reason"),
@@ -110,6 +112,9 @@ def read_reply(data: bytes | dict[str, Any], request: Request, count: CountToken
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
+    if request.check is not None and not refused:
+        request.check(reply)
+    return reply
 
 
 def read_usage(raw: Any, request: Request, least_output: int) -> Usage | None:

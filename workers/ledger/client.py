@@ -70,6 +70,13 @@ class LedgerClient:
         self._kept.append(name)
         self._stir()
 
+    async def settled(self) -> None:
+        """Wait until all that was settled so far is in the journal; raises what the owner raised."""
+        while self._settled or self._kept:
+            await asyncio.sleep(0.001)
+            if self.error is not None:
+                raise self.error
+
     async def close(self) -> None:
         """Wait until all that was settled is in the journal; raises what the owner raised."""
         await self._idle.wait()

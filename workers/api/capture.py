@@ -1,0 +1,190 @@
+"""Feeds units to API replicas, by the same loop and dispatcher as local ones, until the dataset holds what it can."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from storage.config import CacheConfig
+from storage.errors import LecternError, WorkerError
+from storage.identity import DatasetIdentity
+from storage.reader import Dataset
+from storage.sample_set import SampleSet
+from storage.samples import Int64Array
+from storage.writer import DatasetWriter
+from workers.api.actor import ApiJob, ApiReceipt, ApiScorer, LedgerOwner
+from workers.api.scoring import ScoringMethod, text_targets
+from workers.config import TeacherConfig
+from workers.coordinator import CaptureResult, fleet_policy, missing_rows
+from workers.fleet import classify, root_cause
+from workers.ledger.ledger import Budget, Standing
+from workers.loop import FleetLoop, OnEvent, brief
+from workers.policy import FailureKind, ReplicaKind
+from workers.replica import Done, Failed, Lost, Placed, Post, Ready, Seen
+from workers.units import WorkUnit, plan_units
+
+UNITS_AT_ONCE = 4
+"""Units that an API replica works on at a time: enough requests while the last ones of a unit are waited for."""
+
+
+@dataclass
+class ApiCaptureResult(CaptureResult):
+    """What a capture through an API did, and what it left out."""
+
+    set_aside: Counter[str] = field(default_factory=Counter)
+    """Reason → samples that the endpoint refuses for good."""
+    unanswered: Counter[str] = field(default_factory=Counter)
+    """Reason → samples that got no answer."""
+    stopped: str | None = None
+    """The cap that ended it."""
+    standing: Standing | None = None
+    """The run's account at the end."""
+
+    def add_receipt(self, unit: WorkUnit, receipt: ApiReceipt) -> dict[str, Any]:
+        """Count a unit; returns the facts of its `unit_done` event."""
+        self.set_aside.update(receipt.set_aside)
+        self.unanswered.update(receipt.failed)
+        self.stopped = self.stopped or receipt.stopped
+        scored = receipt.receipt is not None and receipt.receipt.committed
+        self.scored_samples += receipt.samples if scored else 0
+        self.reused_samples += 0 if scored else receipt.samples
+        self.tokens += receipt.tokens if scored else 0
+        self.forward_s += receipt.forward_s
+        self.commit_s += receipt.commit_s
+        return {
+            "samples": receipt.samples,
+            "tokens": unit.num_tokens,
+            "bytes": receipt.receipt.bytes if receipt.receipt is not None else 0,
+            "forward_s": round(receipt.forward_s, 4),
+            "commit_s": round(receipt.commit_s, 4),
+        }
+
+
+class ApiReplica:
+    """One actor; keeps `workers.replica.Replica`."""
+
+    def __init__(self, number: int, job: ApiJob, owner: Any, post: Post) -> None:
+        self.number, self._job, self._owner, self.post = number, job, owner, post
+        self._actor: Any = None
+
+    def start(self) -> None:
+        """Make the actor and open its connections."""
+        options = {"num_cpus": 0, "max_restarts": 0, "max_task_retries": 0, "max_concurrency": 2 * UNITS_AT_ONCE + 2}
+        self._actor = ray.remote(ApiScorer).options(**options).remote(self._job, self._owner)
+        self.post(Placed(self.number))
+        self._when(self._actor.load.remote(), lambda facts: Ready(self.number, [facts]), None)
+
+    def give(self, unit: WorkUnit, attempt: int) -> None:
+        """Score and commit a unit."""
+        receipt = self._actor.score.remote(unit, f"a{attempt}r{self.number}")
+        self._when(receipt, lambda result: Done(self.number, unit.unit_id, result), unit.unit_id)
+
+    def beat(self) -> None:
+        """Ask how far it is."""
+        self._when(self._actor.beat.remote(), lambda progress: Seen(self.number, progress), None)
+
+    def kill(self) -> None:
+        """End the actor."""
+        if self._actor is not None:
+            ray.kill(self._actor, no_restart=True)
+
+    def _when(self, reference: Any, news: Any, unit_id: str | None) -> None:
+        def arrived(future: Any) -> None:
+            error = future.exception()
+            if error is None:
+                self.post(news(future.result()))
+                return
+            error = root_cause(error)
+            kind = classify(error)
+            if unit_id is not None and kind is not FailureKind.LOST:
+                self.post(Failed(self.number, unit_id, kind, error))
+            else:
+                self.post(Lost(self.number, kind, error, unit_id))
+
+        reference.future().add_done_callback(arrived)
+
+
+def capture_api(
+    teacher: TeacherConfig,
+    cache: CacheConfig,
+    samples: SampleSet,
+    rows: Sequence[int] | Int64Array,
+    identity: DatasetIdentity,
+    method: ScoringMethod,
+    ledger_url: str,
+    budget: Budget,
+    on_event: OnEvent,
+) -> ApiCaptureResult:
+    """Score the samples at `rows` that the dataset lacks through an endpoint; Ray must be running.
+
+    Samples that are refused, or left by a cap, are told in the result. Events as of `workers.coordinator.capture`, and
+    `spending` with the fields of `Standing` after each unit.
+
+    Raises:
+        InputError: key, model or a setting is wrong.
+        StorageError: the dataset's or the ledger's store failed.
+        WorkerError: no replica could be started.
+    """
+    DatasetWriter.create(cache.url, identity)
+    missing = missing_rows(samples, rows, Dataset.open(cache.url, identity))
+    units = plan_units(missing, samples.num_tokens, samples.sample_ids, identity.fingerprint, cache.unit_tokens, rows)
+    result = ApiCaptureResult(reused_samples=len(rows) - len(missing))
+    facts = {"units": len(units), "samples": len(missing), "tokens": units.tokens}
+    on_event({"event": "units_planned", **facts, "reused_samples": result.reused_samples})
+    if not len(units):
+        return result
+    owner = ray.remote(LedgerOwner).options(num_cpus=0, max_restarts=0).remote(ledger_url, budget)
+    job = ApiJob(teacher, samples.url, cache.url, identity, method)
+    kind = ReplicaKind(
+        name="api",
+        needs="a connection",
+        min=1,
+        max=teacher.replicas.max,
+        parallel=UNITS_AT_ONCE,
+        cost_per_token=teacher.api.prices.input / 1e6 if teacher.api.prices is not None else 0.0,
+        duplicates=False,
+    )
+
+    def on_done(unit: WorkUnit, receipt: ApiReceipt) -> dict[str, Any]:
+        told = result.add_receipt(unit, receipt)
+        on_event({"event": "spending", **vars(ray.get(owner.standing.remote()))})
+        return told
+
+    def make(number: int, _kind: ReplicaKind, post: Post) -> ApiReplica:
+        return ApiReplica(number, job, owner, post)
+
+    try:
+        ray.get(owner.standing.remote())
+        loop = FleetLoop(units, units.tokens, [kind], make, fleet_policy(teacher), on_event, on_done)
+        try:
+            loop.run()
+        finally:
+            result.failed_units, result.replicas_lost = loop.failed_units, loop.replicas_lost
+            result.seconds, result.fleet = loop.seconds, loop.status().to_json()
+            result.ranks = loop.first_report or []
+        result.standing = ray.get(owner.standing.remote())
+    except LecternError as error:
+        raise root_cause(error) from None
+    except Exception as error:
+        raise WorkerError(f"the API teacher did not work: {brief(root_cause(error))}") from error
+    finally:
+        ray.kill(owner)
+    return result
+
+
+def keep_text(
+    cache: CacheConfig, samples: SampleSet, rows: Sequence[int] | Int64Array, identity: DatasetIdentity
+) -> ApiCaptureResult:
+    """Commit the samples at `rows` that the dataset lacks with kind `text`; asks nobody anything."""
+    writer = DatasetWriter.create(cache.url, identity)
+    missing = missing_rows(samples, rows, Dataset.open(cache.url, identity))
+    units = plan_units(missing, samples.num_tokens, samples.sample_ids, identity.fingerprint, cache.unit_tokens, rows)
+    result = ApiCaptureResult(reused_samples=len(rows) - len(missing))
+    for unit in units:
+        batch = samples.read(unit.rows)
+        writer.commit(unit.unit_id, batch, text_targets(batch), "a1")
+        result.scored_samples += len(batch)
+        result.tokens += batch.num_tokens
+    return result
