@@ -42,6 +42,16 @@ def api_plan(config: RunConfig, missing_samples: int, missing_tokens: int) -> di
     }
 
 
+def awaits_completions(config: RunConfig) -> bool:
+    """Tell whether a source of the run is what `generate` will write and has not yet: only its cost can be told."""
+    own = config.generate
+    if not own.prompts or own.url is None or config.teacher.kind != "api":
+        return False
+    paths = [path for s in config.data.sources for path in ([s.path] if isinstance(s.path, str) else s.path)]
+    waits = any(path.startswith(f"{own.url.rstrip('/')}/") for path in paths)
+    return waits and not any(key.startswith("kept-") for key in Store(own.url).list())
+
+
 def _generation(config: RunConfig, prices: Prices) -> dict[str, Any]:
     own, api = config.generate, config.teacher.api
     count = token_counter(config)

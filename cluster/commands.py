@@ -24,9 +24,14 @@ def plan(
 ) -> dict[str, Any]:
     """Show what a run would do."""
     config = load_config(path, overrides)
+    from cluster.api_plan import api_plan, awaits_completions
     from cluster.plan import make_plan
-    from cluster.tables import show_plan
+    from cluster.tables import show_api_plan, show_plan
 
+    if awaits_completions(config):
+        spending = api_plan(config, 0, 0)
+        show_api_plan(out, spending)
+        return {"api": spending}
     found = make_plan(config, _run_dir(out, path, run_dir), tokens_per_s)
     show_plan(out, found)
     return found.to_json()

@@ -34,9 +34,7 @@ def show_plan(out: Terminal, plan: "Plan") -> None:
     if plan.api is None:
         facts.add_row("teacher-hours", _hours(plan))
     else:
-        for name, part in plan.api["parts"].items():
-            facts.add_row(name, _requests(part, plan.api))
-        facts.add_row("caps", _caps(plan.api))
+        _add_spending(facts, plan.api)
     passes = ", ".join(f"{times:.2f} × {name}" for name, times in plan.passes.items())
     facts.add_row("training", f"{plan.steps:,} steps, {plan.train_samples:,} samples: {passes}")
     out.show(facts)
@@ -44,6 +42,20 @@ def show_plan(out: Terminal, plan: "Plan") -> None:
         out.say(f"  ✓ {check}")
     for gap in plan.unknown:
         out.say(f"  ? {gap}")
+
+
+def show_api_plan(out: Terminal, api: dict[str, Any]) -> None:
+    """Print what a generation would cost, where the rest waits for its completions; see `api_plan.api_plan`."""
+    facts = _facts()
+    _add_spending(facts, api)
+    out.show(facts)
+    out.say("  ? samples, capture and training: they wait for the completions that `lectern generate` writes")
+
+
+def _add_spending(facts: Any, api: dict[str, Any]) -> None:
+    for name, part in api["parts"].items():
+        facts.add_row(name, _requests(part, api))
+    facts.add_row("caps", _caps(api))
 
 
 def _requests(part: dict[str, Any], api: dict[str, Any]) -> str:

@@ -35,8 +35,6 @@ class PricesConfig(RatesConfig):
 
     by_hour: list[HoursConfig] = Field(default_factory=list)
     """Other prices at some hours of the day; the first span that holds a moment counts."""
-    batch_factor: float = Field(default=0.5, gt=0, le=1)
-    """What requests in batch files cost, as a share of the prices above."""
 
 
 class ApiConfig(Settings):
@@ -142,8 +140,6 @@ class GenerateConfig(Settings):
     """Sampling temperature."""
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Nucleus of the sampling."""
-    batch_files: bool = False
-    """Send requests in batch files, at `prices.batch_factor`, answered within a day."""
     completion_format: str = "<think>\n{reasoning}\n</think>\n\n{answer}"
     """How reasoning and answer make the text that a student learns; without reasoning it is the answer alone."""
     filters: FilterConfig = FilterConfig()

@@ -32,11 +32,11 @@ class Rates:
     reasoning: int
 
     @classmethod
-    def of(cls, config: RatesConfig, factor: float = 1.0) -> Self:
-        """Read a price list's prices per million tokens, times `factor`."""
+    def of(cls, config: RatesConfig) -> Self:
+        """Read a price list's prices per million tokens."""
 
         def per_token(price: float) -> int:
-            return -(-to_pico(price * factor) // _PER)
+            return -(-to_pico(price) // _PER)
 
         cached = config.input if config.cached_input is None else config.cached_input
         reasoning = config.output if config.reasoning is None else config.reasoning
@@ -60,12 +60,11 @@ class Rates:
 class Prices:
     """A price list with its hours."""
 
-    def __init__(self, config: PricesConfig | None, batch: bool = False) -> None:
-        """Read the list; without one everything is free. `batch` takes the prices of batch files."""
+    def __init__(self, config: PricesConfig | None) -> None:
+        """Read the list; without one everything is free."""
         config = config or PricesConfig(input=0.0, output=0.0)
-        factor = config.batch_factor if batch else 1.0
-        self._standard = Rates.of(config, factor)
-        self._spans = [(*_span(item.hours), Rates.of(item, factor)) for item in config.by_hour]
+        self._standard = Rates.of(config)
+        self._spans = [(*_span(item.hours), Rates.of(item)) for item in config.by_hour]
 
     def worst(self, input_tokens: int, output_tokens: int) -> Amount:
         """Return the most that one attempt can take, at the dearest hour and with nothing cached."""

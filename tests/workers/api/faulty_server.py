@@ -69,8 +69,6 @@ class Server:
         self.good: collections.Counter[str] = collections.Counter()
         self.faults: collections.Counter[str] = collections.Counter()
         self.in_flight = self.most_in_flight = 0
-        self.files: dict[str, bytes] = {}
-        self.batches: dict[str, dict[str, Any]] = {}
 
     def fault(self) -> str:
         point = self.random.random()
@@ -80,9 +78,9 @@ class Server:
                 return name
         return ""
 
-    def bill(self, input_: int, output: int, factor: float = 1.0) -> None:
+    def bill(self, input_: int, output: int) -> None:
         own = self.settings
-        self.billed["money"] += factor * (input_ * own.input_price + output * own.output_price) / 1e6
+        self.billed["money"] += (input_ * own.input_price + output * own.output_price) / 1e6
         self.billed["input"] += input_
         self.billed["output"] += output
         self.billed["requests"] += 1
@@ -305,49 +303,6 @@ class Server:
             setattr(self.settings, name, value)
         return web.json_response({})
 
-    async def upload(self, request: web.Request) -> web.Response:
-        form = await request.post()
-        name = f"file-{len(self.files)}"
-        self.files[name] = form["file"].file.read()  # type: ignore[union-attr]
-        return web.json_response({"id": name, "object": "file", "purpose": "batch"})
-
-    async def download(self, request: web.Request) -> web.Response:
-        return web.Response(body=self.files[request.match_info["name"]])
-
-    async def start_batch(self, request: web.Request) -> web.Response:
-        body = await request.json()
-        lines = [json.loads(line) for line in self.files[body["input_file_id"]].splitlines()]
-        results = []
-        for line in lines:
-            reply = self._reply(line["url"].endswith("/chat/completions"), line["body"])
-            self.asked[hashlib.blake2b(json.dumps(line["body"]).encode(), digest_size=12).hexdigest()] += 1
-            self.bill(reply["usage"]["prompt_tokens"], reply["usage"]["completion_tokens"], factor=0.5)
-            results.append(
-                {"custom_id": line["custom_id"], "response": {"status_code": 200, "body": reply}, "error": None}
-            )
-        name = f"batch-{len(self.batches)}"
-        self.files[f"out-{name}"] = "".join(json.dumps(result) + "\n" for result in results).encode()
-        self.batches[name] = {"polls": 2, "metadata": body.get("metadata")}
-        return web.json_response(self._batch(name))
-
-    async def poll_batch(self, request: web.Request) -> web.Response:
-        name = request.match_info["name"]
-        self.batches[name]["polls"] -= 1
-        return web.json_response(self._batch(name))
-
-    async def list_batches(self, _: web.Request) -> web.Response:
-        data = [self._batch(name) for name in self.batches]
-        return web.json_response({"object": "list", "data": data, "has_more": False})
-
-    def _batch(self, name: str) -> dict[str, Any]:
-        ready = self.batches[name]["polls"] <= 0
-        return {
-            "id": name, "object": "batch", "status": "completed" if ready else "in_progress",
-            "output_file_id": f"out-{name}" if ready else None, "metadata": self.batches[name]["metadata"],
-            "error_file_id": None, "endpoint": "/v1/chat/completions", "input_file_id": "x", "created_at": 0,
-            "completion_window": "24h",
-        }  # fmt: skip
-
 
 def _limit(body: dict[str, Any]) -> int:
     limit = body.get("max_completion_tokens", body.get("max_tokens"))
@@ -389,11 +344,6 @@ def application(server: Server) -> web.Application:
     app.router.add_post("/v1/chat/completions", server.complete)
     app.router.add_post("/v1/completions", server.complete)
     app.router.add_get("/v1/models", server.models)
-    app.router.add_post("/v1/files", server.upload)
-    app.router.add_get("/v1/files/{name}/content", server.download)
-    app.router.add_post("/v1/batches", server.start_batch)
-    app.router.add_get("/v1/batches", server.list_batches)
-    app.router.add_get("/v1/batches/{name}", server.poll_batch)
     app.router.add_get("/stats", server.stats)
     app.router.add_post("/control", server.control)
     return app

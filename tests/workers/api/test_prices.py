@@ -36,7 +36,6 @@ def test_hours_pass_midnight_and_a_change_of_price_counts_the_dearer_one() -> No
 
 def test_worst_case_takes_the_dearest_hour_and_kind() -> None:
     assert Prices(PRICES).worst(1_000_000, 1_000_000).currency == 0.55 + 4.0
-    assert Prices(PRICES, batch=True).worst(1_000_000, 0).currency == 0.275
 
 
 def test_without_prices_tokens_and_requests_are_still_counted() -> None:
