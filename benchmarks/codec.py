@@ -5,7 +5,7 @@
 
 *Draws*: kind `sampled` with the least n whose squared error Σ(t̂ − t)² is no worse than that of 50 multinomial draws on
 the same distributions, beside the published encoding of such draws: 17-bit id and 7-bit count, 3 bytes for each
-distinct id. *Top-64*: kind `topk` with log-probabilities within 0.01 nats, beside DistillKit's own formula at that k and
+distinct id. *Top-64*: kind `topk`, log-probabilities within 0.01 nats, beside DistillKit's own formula at that k and
 vocabulary (16 exact bfloat16 values, 6 float32 terms, bit-packed ids: its recommended settings).
 
 The simulated teachers have Zipf frequencies with normal noise on the logits, each position at its own temperature; the
@@ -253,7 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", choices=[*SIMULATED, *TEACHERS], help="repeatable")
     parser.add_argument("--windows", type=int, default=64, help="windows of 256 tokens")
-    parser.add_argument("--train-tokens", type=int, default=400_000, help="what the teachers trained here are trained on")
+    parser.add_argument("--train-tokens", type=int, default=400_000, help="of the teachers trained here")
     arguments = parser.parse_args()
     for case in arguments.case or list(SIMULATED):
         if case in SIMULATED:

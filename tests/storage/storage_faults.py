@@ -131,7 +131,7 @@ class FaultyProxy:
                         reply.status, dict(reply.headers), content, content[: len(content) // 2] if short else content
                     )
 
-            do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _forward  # noqa: N815
+            do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _forward
 
             def _answer(self, status: int, headers: dict[str, str], content: bytes, sent: bytes | None = None) -> None:
                 self.send_response(status)

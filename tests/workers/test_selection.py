@@ -50,7 +50,7 @@ def test_statistics_match_the_dense_reference() -> None:
     reference = torch.log_softmax(logits.double()[:, :650], -1)
     truth = torch.arange(POSITIONS) % 650
     np.testing.assert_allclose(got.nll, -reference[torch.arange(POSITIONS), truth].numpy(), rtol=1e-5)
-    np.testing.assert_allclose(got.entropy, -(reference.exp() * reference).sum(-1).numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got.entropy, -(reference.exp() * reference).sum(-1).numpy(), rtol=1e-4, atol=5e-5)
 
 
 def test_hybrid_head_draws_and_tail() -> None:

@@ -7,11 +7,13 @@ only the blocks that hold one of the k best entries, or a draw, are looked at ag
 * systematic resampling (one uniform u per position, points (u + i)/n · M over the cumulated mass) finds each
   point's block from the block sums, then its entry inside that block.
 
-Positions are taken in chunks, so that the `[positions, vocabulary]` tensor in float32 never exists whole.
+Positions are taken in chunks for the pass, so that the `[positions, vocabulary]` tensor in float32 never exists whole.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 
 import numpy as np
@@ -26,6 +28,11 @@ from storage.targets import Float16Array, Float32Array
 
 BLOCK = 128
 """Entries of one block of the vocabulary."""
+POSITIONS = 256
+"""Positions whose blocks are looked up together."""
+LOG2_E = 1 / math.log(2)
+UNSHIFTED = 50.0
+"""Logits up to this size are exponentiated as they are: float32 holds 10^38 of them."""
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
 """Float32 scratch of one chunk of positions: the CPU's fits its cache, the GPU's fills the device."""
 PADDING = -1e30
@@ -103,110 +110,191 @@ def select(logits: Tensor, positions: Tensor, truth: Tensor, uniform: Tensor, se
     Raises:
         NonFiniteLogitsError: a distribution is NaN or infinite.
     """
-    rows = max(1, CHUNK_BYTES.get(logits.device.type, CHUNK_BYTES["cuda"]) // (4 * logits.shape[1]))
-    rows = min(rows, len(positions))
-    num_blocks = -(-settings.vocab_size // BLOCK)
-    # Scratch is made once: fresh pages for each chunk would cost more than the arithmetic on them.
-    scratch = torch.full((2, rows, num_blocks * BLOCK), PADDING, dtype=torch.float32, device=logits.device)
     parts = []
-    for at in range(0, len(positions), rows):
-        part = slice(at, at + rows)
-        chunk = logits[positions[part]]
-        parts.append(_select_chunk(chunk, truth[part], uniform[part], settings, at, scratch))
+    for at in range(0, len(positions), POSITIONS):
+        part = slice(at, at + POSITIONS)
+        rows = positions[part]
+        sums = _scan(logits, rows, settings.vocab_size, at)
+        nll = sums.log_z_P - logits[rows, truth[part]].float()
+        if settings.kind == "dense":
+            parts.append(_dense(logits[rows, : settings.vocab_size].float() - sums.log_z_P[:, None], nll, sums))
+        elif settings.kind == "text":
+            parts.append(_text(nll, sums))
+        else:
+            parts.append(_sparse(_Logits(logits, rows, sums, settings.vocab_size), nll, uniform[part], settings))
     return Selection.concat(parts)
 
 
-def _select_chunk(
-    logits: Tensor, truth: Tensor, uniform: Tensor, settings: SelectionSettings, start: int, scratch: Tensor
-) -> Selection:
-    """Select the entries of a few positions at once; names: P positions, B blocks of S entries, k head, n draws."""
-    x_PBS, exp_PBS = scratch[:, : len(logits)].view(2, len(logits), -1, BLOCK)
-    flat_PV = x_PBS.flatten(1)
-    flat_PV[:, : settings.vocab_size] = logits[:, : settings.vocab_size]
-    flat_PV[:, settings.vocab_size :] = PADDING
-    max_PB = x_PBS.amax(-1)
-    max_P = max_PB.amax(-1)
-    if not torch.isfinite(max_P).all():
-        raise NonFiniteLogitsError([start + int(p) for p in torch.nonzero(~torch.isfinite(max_P))[:, 0]])
-    truth_P = flat_PV.gather(1, truth[:, None])[:, 0] - max_P
-    head = _head(x_PBS, max_PB, settings.top_k) if settings.kind in {"topk", "hybrid"} else None
-    x_PBS -= max_P[:, None, None]
-    torch.exp(x_PBS, out=exp_PBS)
-    sum_PB = exp_PBS.sum(-1)
+@dataclass(frozen=True, eq=False)
+class _Sums:
+    """What one pass over the logits tells; names: P positions, B blocks of S entries, k head, n draws, R sets."""
+
+    max_PB: Tensor  # of the logits
+    sum_PB: Tensor  # Σ exp(x − shift)
+    shift_P: Tensor
+    log_z_P: Tensor  # log Σ exp(x)
+    entropy_P: Tensor
+
+
+def _scan(logits: Tensor, positions: Tensor, vocab_size: int, start: int) -> _Sums:
+    """Pass once over the logits of P positions, a few at a time, so that what is at work stays in the cache."""
+    num_blocks = -(-vocab_size // BLOCK)
+    rows = max(1, CHUNK_BYTES.get(logits.device.type, CHUNK_BYTES["cuda"]) // (4 * num_blocks * BLOCK))
+    rows = min(rows, len(positions))
+    # Scratch is made once: fresh pages for each chunk would cost more than the arithmetic on them.
+    scratch = torch.full((2, rows, num_blocks * BLOCK), PADDING, dtype=torch.float32, device=logits.device)
+    max_PB = scratch.new_empty(len(positions), num_blocks)
+    sum_PB = torch.empty_like(max_PB)
+    shift_P, dot_P = scratch.new_empty(2, len(positions))
+    for at in range(0, len(positions), rows):
+        part = positions[at : at + rows]
+        x_PV, exp_PV = scratch[:, : len(part)]
+        # Neighbours are read where they lie; gathering rows would copy them once more.
+        rows_PW = logits[int(part[0]) : int(part[0]) + len(part)] if _neighbours(part) else logits[part]
+        x_PV[:, :vocab_size] = rows_PW[:, :vocab_size]
+        inside = slice(at, at + len(part))
+        torch.amax(x_PV.view(len(part), -1, BLOCK), -1, out=max_PB[inside])
+        largest_P = max_PB[inside].amax(-1)
+        # Logits of ordinary size need no shift before the exponential; that to base 2 takes half the time.
+        shift_P[inside] = torch.where(largest_P.abs() > UNSHIFTED, largest_P, 0.0)
+        if shift_P[inside].any():
+            x_PV -= shift_P[inside, None]
+        x_PV *= LOG2_E
+        torch.exp2(x_PV, out=exp_PV)
+        torch.sum(exp_PV.view(len(part), -1, BLOCK), -1, out=sum_PB[inside])
+        x_PV *= exp_PV
+        torch.sum(x_PV, -1, out=dot_P[inside])
+        if torch.isnan(dot_P[inside]).any():  # entries at −inf count as 0
+            torch.sum(x_PV.nan_to_num_(nan=0.0), -1, out=dot_P[inside])
+        x_PV[:, vocab_size:] = PADDING
+    finite_P = torch.isfinite(max_PB.amax(-1))
+    if not finite_P.all():
+        raise NonFiniteLogitsError([start + int(p) for p in torch.nonzero(~finite_P)[:, 0]])
     z_P = sum_PB.sum(-1)
-    log_z_P = z_P.log()
-    nll = log_z_P - truth_P
-    log_PV = flat_PV[:, : settings.vocab_size] - log_z_P[:, None] if settings.kind == "dense" else None
-    entropy = (log_z_P - _dot_into(x_PBS, exp_PBS) / z_P).clamp_(min=0)
-    if log_PV is not None:
-        return _dense(log_PV, nll, entropy)
-    if settings.kind == "text":
-        return _text(nll, entropy)
-    if head is None:
-        drawn_Pm, _ = _systematic(exp_PBS, sum_PB, uniform, settings.draws)
-        return _sampled(drawn_Pm, uniform.shape[1], nll, entropy)
-    head_value_Pk, head_id_Pk = head
-    head_log_Pk = head_value_Pk - (max_P + log_z_P)[:, None]
+    entropy_P = (z_P.log() - dot_P / LOG2_E / z_P).clamp_(min=0)
+    return _Sums(max_PB, sum_PB, shift_P, shift_P + z_P.log(), entropy_P)
+
+
+def _neighbours(positions: Tensor) -> bool:
+    return bool((positions.diff() == 1).all())
+
+
+class _Logits:
+    """Looks up blocks of a few positions' logits."""
+
+    def __init__(self, logits: Tensor, positions: Tensor, sums: _Sums, vocab_size: int) -> None:
+        self.sums = sums
+        self._logits, self._positions, self._vocab_size = logits, positions, vocab_size
+        self._inside = torch.arange(BLOCK, device=logits.device)
+
+    def blocks(self, blocks_Pm: Tensor) -> Tensor:
+        """Return the named blocks of each position, [P, m, BLOCK], PADDING beyond the vocabulary."""
+        id_PmS = blocks_Pm[:, :, None] * BLOCK + self._inside
+        x_PmS = self._logits[self._positions[:, None, None], id_PmS.clamp(max=self._vocab_size - 1)].float()
+        return x_PmS.masked_fill_(id_PmS >= self._vocab_size, PADDING)
+
+    def weights(self, x: Tensor) -> Tensor:
+        """Return exp(x − shift) of logits [P, …]."""
+        shift_P = self.sums.shift_P
+        return (x - shift_P.view(-1, *[1] * (x.dim() - 1))).exp_()
+
+
+def _sparse(logits: _Logits, nll: Tensor, uniform: Tensor, settings: SelectionSettings) -> Selection:
+    """Keep the head, draws or both."""
+    sums, sets = logits.sums, uniform.shape[1]
+    if settings.kind == "sampled":
+        drawn = _systematic(logits, sums.sum_PB, None, uniform, settings.draws)
+        return _sampled(drawn.id_Pm, sets, nll, sums)
+    head = _head(logits, min(settings.top_k, settings.vocab_size))
+    head_log_Pk = head.value_Pk - sums.log_z_P[:, None]
     # What is left of each touched block is summed again without its head entries: a difference would cancel.
-    exp_PBS.flatten(1).scatter_(1, head_id_Pk, 0.0)
-    touched_Pk = head_id_Pk // BLOCK
-    rest_PB = sum_PB.scatter(1, touched_Pk, _rows(exp_PBS, touched_Pk).sum(-1))
+    rest_PB = sums.sum_PB.scatter(1, head.blocks_Pb, head.rest_PbS.sum(-1))
+    z_P = (sums.log_z_P - sums.shift_P).exp()
     if settings.kind == "topk":
-        return _topk(head_id_Pk, head_log_Pk, rest_PB.sum(-1) / z_P, nll, entropy)
-    drawn_Pm, has_rest_P = _systematic(exp_PBS, rest_PB, uniform, settings.draws)
-    drawn_Pm, first_Pm, times_RPm = _runs(drawn_Pm, uniform.shape[1])
-    first_Pm &= has_rest_P[:, None]
-    value_Pm = exp_PBS.flatten(1).gather(1, drawn_Pm)
-    drawn_log_Pm = value_Pm.log() - log_z_P[:, None]
+        return _topk(head.id_Pk, head_log_Pk, rest_PB.sum(-1) / z_P, nll, sums)
+    drawn = _systematic(logits, rest_PB, head, uniform, settings.draws)
+    id_Pm, order_Pm, first_Pm, times_RPm = _runs(drawn.id_Pm, sets)
+    first_Pm &= drawn.any_P[:, None]
+    value_Pm = drawn.weight_Pm.gather(1, order_Pm)
+    drawn_log_Pm = value_Pm.log() - z_P.log()[:, None]
     rest_P = (rest_PB.sum(-1) - (value_Pm * first_Pm).sum(-1)).clamp_(min=0) / z_P
-    return _hybrid(head_id_Pk, head_log_Pk, drawn_Pm, drawn_log_Pm, first_Pm, times_RPm, rest_P, nll, entropy)
+    return _hybrid(head.id_Pk, head_log_Pk, id_Pm, drawn_log_Pm, first_Pm, times_RPm, rest_P, nll, sums)
 
 
-def _rows(x_PBS: Tensor, blocks_Pm: Tensor) -> Tensor:
-    """Return the named blocks of each position, [P, m, BLOCK]."""
-    position_P1 = torch.arange(len(x_PBS), device=x_PBS.device)[:, None]
-    return x_PBS[position_P1, blocks_Pm]
+@dataclass(frozen=True, eq=False)
+class _Head:
+    """The k best entries and the blocks that hold them."""
+
+    value_Pk: Tensor  # falling
+    id_Pk: Tensor
+    blocks_Pb: Tensor
+    rest_PbS: Tensor  # weights of these blocks, 0 at the head's entries
 
 
-def _head(x_PBS: Tensor, max_PB: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest logits of each position and their ids, falling; at most the whole vocabulary."""
+def _head(logits: _Logits, k: int) -> _Head:
+    """Return the k best entries: they lie in the k blocks with the largest maxima."""
+    max_PB = logits.sums.max_PB
     blocks_Pb = max_PB.topk(min(k, max_PB.shape[1])).indices
-    inside = _rows(x_PBS, blocks_Pb).flatten(1)
-    value_Pk, where_Pk = inside.topk(min(k, inside.shape[1]))
-    return value_Pk, blocks_Pb.gather(1, where_Pk // BLOCK) * BLOCK + where_Pk % BLOCK
+    x_PbS = logits.blocks(blocks_Pb)
+    value_Pk, where_Pk = x_PbS.flatten(1).topk(k)
+    rest_PbS = logits.weights(x_PbS)
+    rest_PbS.flatten(1).scatter_(1, where_Pk, 0.0)
+    return _Head(value_Pk, blocks_Pb.gather(1, where_Pk // BLOCK) * BLOCK + where_Pk % BLOCK, blocks_Pb, rest_PbS)
 
 
-def _dot_into(x_PBS: Tensor, exp_PBS: Tensor) -> Tensor:
-    """Return Σ exp(x)·x of each position, [P], entries at −inf counting as 0; overwrites x."""
-    x_PBS *= exp_PBS
-    total_P = x_PBS.sum(-1).sum(-1)
-    if torch.isnan(total_P).any():
-        total_P = x_PBS.nan_to_num_(nan=0.0).sum(-1).sum(-1)
-    return total_P
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """Drawn entries, those of one set after those of another."""
+
+    id_Pm: Tensor  # [P, R·n]
+    weight_Pm: Tensor
+    any_P: Tensor  # whether there was anything to draw from
 
 
-def _systematic(weight_PBS: Tensor, sum_PB: Tensor, uniform: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def _systematic(logits: _Logits, sum_PB: Tensor, head: _Head | None, uniform: Tensor, n: int) -> _Drawn:
     """Draw R sets of n entries of each position with probability ∝ weight by systematic resampling.
 
-    The order of the vocabulary is left as it is: each entry by itself is drawn ⌊n·t⌋ or ⌈n·t⌉ times with mean n·t
-    under any order of the others.
-
-    Returns the ids, those of one set after those of another, rising inside each, [P, R·n], and whether the position
-    had anything to draw from, [P].
+    Each set walks over the blocks in a random order of its own, so that which entries are drawn together does not
+    depend on how the vocabulary is numbered. An entry is drawn ⌊n·t⌋ or ⌈n·t⌉ times with mean n·t under any order.
     """
-    cumulated_PB = sum_PB.double().cumsum(-1)
-    total_P = cumulated_PB[:, -1]
-    step = torch.arange(n, dtype=torch.float64, device=weight_PBS.device)
-    point_Pn = (uniform[:, :, None] + step).flatten(1) * (total_P / n)[:, None]
-    last_block_P = _last_positive(sum_PB)
-    block_Pn = torch.minimum(torch.searchsorted(cumulated_PB, point_Pn, right=True), last_block_P[:, None])
-    before_Pn = cumulated_PB.gather(1, block_Pn) - sum_PB.double().gather(1, block_Pn)
-    inside_PnS = _rows(weight_PBS, block_Pn)
-    cumulated_PnS = inside_PnS.double().cumsum(-1)
-    found_Pn = (cumulated_PnS <= (point_Pn - before_Pn)[..., None]).sum(-1)
+    sets = [_points(sum_PB, uniform[:, number], n) for number in range(uniform.shape[1])]
+    block_Pm, beyond_Pm = (torch.cat(parts, 1) for parts in zip(*sets, strict=True))
+    weight_PmS = logits.weights(logits.blocks(block_Pm))
+    if head is not None:
+        same_Pmb = block_Pm[:, :, None] == head.blocks_Pb[:, None, :]
+        row, place = torch.nonzero(same_Pmb.any(-1), as_tuple=True)
+        weight_PmS[row, place] = head.rest_PbS[row, same_Pmb[row, place].int().argmax(-1)]
+    cumulated_PmS = weight_PmS.double().cumsum(-1)
+    found_Pm = (cumulated_PmS <= beyond_Pm[..., None]).sum(-1)
     # Rounding may push a point past the last entry that has any weight.
-    entry_Pn = torch.minimum(found_Pn, _last_positive(inside_PnS))
-    return block_Pn * BLOCK + entry_Pn, total_P > 0
+    entry_Pm = torch.minimum(found_Pm, _last_positive(weight_PmS))
+    weight_Pm = weight_PmS.gather(-1, entry_Pm[..., None])[..., 0]
+    return _Drawn(block_Pm * BLOCK + entry_Pm, weight_Pm, sum_PB.sum(-1) > 0)
+
+
+def _points(sum_PB: Tensor, uniform_P: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Return the blocks that n evenly spaced points fall into, [P, n], and how far into them, in weight."""
+    prime = _prime_from(sum_PB.shape[1])
+    # Multiples of any number modulo a prime pass over all residues; the uniform's low bits choose the number.
+    stride_P = 1 + (uniform_P * 2.0**50).long() % (prime - 1)
+    order_PB = stride_P[:, None] * torch.arange(prime, device=sum_PB.device) % prime
+    walked_PB = torch.nn.functional.pad(sum_PB, (0, prime - sum_PB.shape[1])).gather(1, order_PB).double()
+    cumulated_PB = walked_PB.cumsum(-1)
+    step = torch.arange(n, dtype=torch.float64, device=sum_PB.device)
+    point_Pn = (uniform_P[:, None] + step) * (cumulated_PB[:, -1:] / n)
+    at_Pn = torch.searchsorted(cumulated_PB, point_Pn, right=True)
+    at_Pn = torch.minimum(at_Pn, _last_positive(walked_PB)[:, None])
+    beyond_Pn = point_Pn - (cumulated_PB.gather(1, at_Pn) - walked_PB.gather(1, at_Pn))
+    return order_PB.gather(1, at_Pn), beyond_Pn
+
+
+@lru_cache
+def _prime_from(number: int) -> int:
+    """Return the least prime that is not below a number."""
+    candidate = max(number, 2)
+    while any(candidate % divisor == 0 for divisor in range(2, int(candidate**0.5) + 1)):
+        candidate += 1
+    return candidate
 
 
 def _last_positive(x: Tensor) -> Tensor:
@@ -215,10 +303,10 @@ def _last_positive(x: Tensor) -> Tensor:
     return torch.where(x > 0, index, 0).amax(-1)
 
 
-def _runs(drawn_Pm: Tensor, sets: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the drawn ids of all sets, rising, where each run of equal ids begins, and each set's part of the run.
+def _runs(drawn_Pm: Tensor, sets: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the drawn ids, rising, where they stood, where each run of equal ids begins, and each set's part of it.
 
-    Shapes [P, R·n], [P, R·n] and, valid where a run begins, [R, P, R·n].
+    Shapes [P, R·n] three times and, valid where a run begins, [R, P, R·n].
     """
     rising_Pm, order_Pm = drawn_Pm.sort(-1)
     first_Pm = torch.ones_like(rising_Pm, dtype=torch.bool)
@@ -226,34 +314,34 @@ def _runs(drawn_Pm: Tensor, sets: int) -> tuple[Tensor, Tensor, Tensor]:
     same_Pmm = rising_Pm[:, :, None] == rising_Pm[:, None, :]
     set_Pm = order_Pm // (drawn_Pm.shape[1] // sets)
     times = [(same_Pmm & (set_Pm == number)[:, None, :]).sum(-1) for number in range(sets)]
-    return rising_Pm, first_Pm, torch.stack(times)
+    return rising_Pm, order_Pm, first_Pm, torch.stack(times)
 
 
-def _topk(ids: Tensor, logprob: Tensor, tail: Tensor, nll: Tensor, entropy: Tensor) -> Selection:
+def _topk(ids: Tensor, logprob: Tensor, tail: Tensor, nll: Tensor, sums: _Sums) -> Selection:
     count = np.full(len(ids), ids.shape[1], dtype=np.int32)
-    return _selection(count, ids.flatten(), logprob.flatten(), None, tail, nll, entropy)
+    return _selection(count, ids.flatten(), logprob.flatten(), None, tail, nll, sums.entropy_P)
 
 
-def _dense(log_PV: Tensor, nll: Tensor, entropy: Tensor) -> Selection:
+def _dense(log_PV: Tensor, nll: Tensor, sums: _Sums) -> Selection:
     positions, vocab_size = log_PV.shape
     count = np.full(positions, vocab_size, dtype=np.int32)
     ids = torch.arange(vocab_size).repeat(positions)
     # Dense targets have nothing outside; float16 holds no smaller logarithm than this.
     floored = log_PV.flatten().clamp(min=float(np.finfo(np.float16).min))
-    return _selection(count, ids, floored, None, torch.zeros_like(nll), nll, entropy)
+    return _selection(count, ids, floored, None, torch.zeros_like(nll), nll, sums.entropy_P)
 
 
-def _text(nll: Tensor, entropy: Tensor) -> Selection:
+def _text(nll: Tensor, sums: _Sums) -> Selection:
     nothing = torch.zeros(0, device=nll.device)
-    return _selection(np.zeros(len(nll), np.int32), nothing, nothing, None, torch.ones_like(nll), nll, entropy)
+    return _selection(np.zeros(len(nll), np.int32), nothing, nothing, None, torch.ones_like(nll), nll, sums.entropy_P)
 
 
-def _sampled(drawn_Pm: Tensor, sets: int, nll: Tensor, entropy: Tensor) -> Selection:
-    ids_Pm, first_Pm, times_RPm = _runs(drawn_Pm, sets)
+def _sampled(drawn_Pm: Tensor, sets: int, nll: Tensor, sums: _Sums) -> Selection:
+    ids_Pm, _, first_Pm, times_RPm = _runs(drawn_Pm, sets)
     count = first_Pm.sum(1).cpu().numpy().astype(np.int32)
     draws = times_RPm[:, first_Pm]
     logprob = torch.from_numpy(sampled_logprob(draws.cpu().numpy().astype(np.uint8), count))
-    return _selection(count, ids_Pm[first_Pm], logprob, draws, torch.zeros_like(nll), nll, entropy)
+    return _selection(count, ids_Pm[first_Pm], logprob, draws, torch.zeros_like(nll), nll, sums.entropy_P)
 
 
 def _hybrid(
@@ -265,7 +353,7 @@ def _hybrid(
     times_RPm: Tensor,
     tail: Tensor,
     nll: Tensor,
-    entropy: Tensor,
+    sums: _Sums,
 ) -> Selection:
     """Put the drawn entries behind the head of each position."""
     kept = torch.cat([torch.ones_like(head_id_Pk, dtype=torch.bool), first_Pm], dim=1)
@@ -273,7 +361,7 @@ def _hybrid(
     logprob = torch.cat([head_log_Pk, drawn_log_Pm], dim=1)[kept]
     draws = torch.cat([head_id_Pk.new_zeros(len(times_RPm), *head_id_Pk.shape), times_RPm], dim=2)[:, kept]
     count = kept.sum(1).cpu().numpy().astype(np.int32)
-    return _selection(count, ids, logprob, draws, tail, nll, entropy)
+    return _selection(count, ids, logprob, draws, tail, nll, sums.entropy_P)
 
 
 def _selection(
