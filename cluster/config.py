@@ -5,8 +5,11 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from storage.config import CacheConfig, DataConfig
+from storage.errors import InputError
+from storage.identity import CaptureIdentity
 from storage.settings import Settings
 from trainer.config import CurriculumConfig, EvaluateConfig, StudentConfig, TrainConfig
+from trainer.served import require_served
 from workers.api.config import GenerateConfig
 from workers.config import BudgetConfig, TeacherConfig
 
@@ -39,10 +42,9 @@ class RunConfig(Settings):
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
-    def _text_has_no_divergence(self) -> Self:
-        if self.cache.kind == "text" and self.train.loss.kl > 0:
-            raise ValueError(
-                f"train.loss.kl is {self.train.loss.kl:g}, but cache.kind `text` keeps no probabilities to diverge "
-                "from; set train.loss.kl: 0 and train on the text alone (train.loss.ce), or choose another kind"
-            )
+    def _targets_serve_the_loss(self) -> Self:
+        try:
+            require_served(self.train.loss, CaptureIdentity.of(self.cache))
+        except InputError as error:
+            raise ValueError(str(error)) from error
         return self

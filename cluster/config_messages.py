@@ -3,12 +3,13 @@
 import difflib
 from collections.abc import Iterator, Sequence
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from cluster.config import RunConfig
+from trainer.config import NUMBER_TAG, SCHEDULE_TAG
 
 _PLAIN_MESSAGES = {
     "missing": "is missing; it has no default",
@@ -26,10 +27,11 @@ _PLAIN_MESSAGES = {
 
 def describe(detail: ErrorDetails) -> str:
     """Return one problem that pydantic found as a plain sentence with the key's full path."""
-    path = ".".join(str(part) for part in detail["loc"])
+    keys = [part for part in detail["loc"] if part not in (NUMBER_TAG, SCHEDULE_TAG)]
+    path = ".".join(str(part) for part in keys)
     kind = detail["type"]
     if kind == "extra_forbidden":
-        return _describe_unknown(detail["loc"])
+        return _describe_unknown(keys)
     if kind == "missing":
         return f"{path} {_PLAIN_MESSAGES['missing']}"
     message = detail["msg"].removeprefix("Value error, ")
@@ -83,7 +85,7 @@ def _model_at(section: Sequence[str]) -> type[BaseModel] | None:
 def _inner_model(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if get_origin(annotation) in {list, Union, UnionType}:
+    if get_origin(annotation) in {list, Union, UnionType, Annotated}:
         for argument in get_args(annotation):
             if (found := _inner_model(argument)) is not None:
                 return found

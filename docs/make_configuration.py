@@ -7,13 +7,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from cluster.config import RunConfig
+from trainer.config import ScheduleConfig
 
 TARGET = Path(__file__).with_name("configuration.md")
 
@@ -28,9 +29,13 @@ names the nearest valid one. Secrets are never part of a config: stores and hubs
 """
 
 
+SCHEDULES = """Where a type says *schedule*, the value may be one number, or change over the steps:
+`learning_rate: {shape: warmup_stable_decay, start: 1.0e-3, end: 1.0e-5, begin: 0.02, finish: 0.8}`."""
+
+
 def page() -> str:
     """Return the whole page as Markdown."""
-    parts = [HEAD]
+    parts = [HEAD, f"## Schedules\n\n{SCHEDULES}\n\n{table(ScheduleConfig, '…')}"]
     for name, field in RunConfig.model_fields.items():
         model = inner_model(field.annotation)
         assert model is not None, name
@@ -50,7 +55,7 @@ def keys(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, s
     for name, field in model.model_fields.items():
         inner = inner_model(field.annotation)
         path = f"{prefix}.{name}"
-        if inner is None:
+        if inner in (None, ScheduleConfig):
             yield path, type_text(field), default_text(field), paragraph(field.description).replace("|", "\\|")
             continue
         many = get_origin(field.annotation) is list
@@ -62,7 +67,7 @@ def keys(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, s
 def type_text(field: FieldInfo) -> str:
     """Return a field's type and limits, e.g. `whole number ≥ 1`."""
     limits = []
-    for limit in field.metadata:
+    for limit in [*field.metadata, *(m for part in get_args(field.annotation) for m in get_args(part)[1:])]:
         for attribute, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")):
             if getattr(limit, attribute, None) is not None:
                 limits.append(f"{sign} {getattr(limit, attribute):,}")
@@ -74,7 +79,11 @@ def annotation_text(annotation: Any) -> str:
     plain = {int: "whole number", float: "number", str: "text", bool: "true/false", Any: "any", NoneType: "none"}
     if annotation in plain:
         return plain[annotation]
+    if annotation is ScheduleConfig:
+        return "[schedule](#schedules)"
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return annotation_text(arguments[0])
     if origin is Literal:
         return " \\| ".join(f"`{value}`" for value in arguments)
     if origin in (Union, UnionType):

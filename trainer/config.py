@@ -1,8 +1,8 @@
 """Config sections of this room: `student`, `curriculum`, `train`, `evaluate`."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from storage.settings import Settings
 
@@ -55,25 +55,121 @@ class CurriculumConfig(Settings):
         return self
 
 
-class LossConfig(Settings):
-    """Weights of the terms that are summed into the training loss."""
+class ScheduleConfig(Settings):
+    """A value that changes over the steps of a run."""
 
-    kl: float = Field(default=0.9, ge=0.0)
-    """Forward KL divergence from the teacher's sparse targets."""
-    ce: float = Field(default=0.1, ge=0.0)
-    """Hard-label cross-entropy."""
-    hidden: float = Field(default=0.0, ge=0.0)
-    """Mean squared error of projected hidden states, divided by the teacher's channel variance."""
+    shape: Literal["constant", "linear", "cosine", "step", "warmup_stable_decay", "two_stage"]
+    """How the value moves: not at all; evenly or by a cosine from `begin` to `finish`; in one jump half-way between
+    them; rising until `begin`, held, falling from `finish` to the last step; held until `begin`, then annealed."""
+    start: float = Field(ge=0.0)
+    """Value at first; of `warmup_stable_decay` the one that is held."""
+    end: float = Field(default=0.0, ge=0.0)
+    """Value at last."""
+    begin: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Where the move begins, as a fraction of the steps; of `warmup_stable_decay` where the rise ends, of `two_stage`
+    where the second stage begins."""
+    finish: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Where the move is done, as a fraction of the steps; of `warmup_stable_decay` where the fall begins."""
+
+    @model_validator(mode="after")
+    def _moves_forward(self) -> Self:
+        if self.finish < self.begin:
+            raise ValueError(f"schedule: finish {self.finish} lies before begin {self.begin}")
+        if self.shape == "constant" and "end" in self.model_fields_set and self.end != self.start:
+            raise ValueError(f"schedule: a constant has no end {self.end:g} beside its start {self.start:g}; drop one")
+        return self
+
+    @property
+    def values(self) -> tuple[float, float]:
+        """Return start and end."""
+        return self.start, self.start if self.shape == "constant" else self.end
+
+
+Schedule = float | ScheduleConfig
+"""A value at every step: one number, or what changes."""
+
+
+def _which(value: Any) -> str:
+    return SCHEDULE_TAG if isinstance(value, (dict, ScheduleConfig)) else NUMBER_TAG
+
+
+NUMBER_TAG, SCHEDULE_TAG = "=number", "=schedule"
+"""Parts of an error's path that are no keys."""
+_AsSchedule = Annotated[ScheduleConfig, Tag(SCHEDULE_TAG)]
+Weight = Annotated[Annotated[float, Field(ge=0.0), Tag(NUMBER_TAG)] | _AsSchedule, Discriminator(_which)]
+"""A schedule of values that are not negative."""
+Positive = Annotated[Annotated[float, Field(gt=0.0), Tag(NUMBER_TAG)] | _AsSchedule, Discriminator(_which)]
+"""A schedule of values above 0."""
+
+
+def both_ends(schedule: Schedule) -> tuple[float, float]:
+    """Return the values that a schedule moves between."""
+    return schedule.values if isinstance(schedule, ScheduleConfig) else (schedule, schedule)
+
+
+class LossConfig(Settings):
+    """Terms that are summed into the training loss, and their weights."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "reverse_skew_kl", "adaptive_kl", "tvd"] = (
+        "forward_kl"
+    )
+    """How the student is compared with the teacher; see docs/losses.md for which kinds of targets each one takes."""
+    kl: Weight = 0.9
+    """Weight of the divergence from the teacher."""
+    ce: Weight = 0.1
+    """Weight of hard-label cross-entropy."""
+    hidden: Weight = 0.0
+    """Weight of the squared error of projected hidden states, divided by the teacher's channel variance."""
     hidden_map: dict[str, str] = Field(default_factory=dict)
     """Dataset layer → student layer, e.g. `{final: final, model.layers.3: model.layers.1}`."""
+    beta: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Teacher's share of the mixture in `jsd`; 0 stands for forward, 1 for reverse KL."""
+    skew: float = Field(default=0.1, gt=0.0, lt=1.0)
+    """Share α of the first argument in the mixture of `skew_kl` and `reverse_skew_kl`."""
+    temperature: Positive = 1.0
+    """Temperature T at which teacher and student are compared; value and gradient are multiplied by T². Other than 1
+    it needs whole distributions: `exact`, or targets of kind `dense`."""
+    exact: bool = False
+    """Compare whole distributions, made from the cached hidden state `final` and the teacher's head, instead of the
+    kept entries."""
+    adaptive: Literal["none", "uncertainty"] = "none"
+    """`uncertainty` learns the weights (Kendall et al. 2018), beginning with the given ones: the loss of each term L
+    is ½·exp(−s)·L + ½·s with s learned, so that its weight comes to rest at 1 / (2·L)."""
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> Self:
-        if self.kl + self.ce + self.hidden <= 0:
+        if max(*both_ends(self.kl), *both_ends(self.ce), *both_ends(self.hidden)) <= 0:
             raise ValueError("train.loss: kl, ce and hidden are all 0; give at least one a positive weight")
-        if self.hidden > 0 and not self.hidden_map:
+        if self.transfers and not self.hidden_map:
             raise ValueError("train.loss.hidden is positive but train.loss.hidden_map names no layers")
+        if min(both_ends(self.temperature)) <= 0:
+            raise ValueError("train.loss.temperature must stay above 0; give its schedule a positive start and end")
+        if self.adaptive != "none" and any(isinstance(w, ScheduleConfig) for w in (self.kl, self.ce, self.hidden)):
+            raise ValueError(
+                "train.loss.adaptive learns the weights; give kl, ce and hidden as plain numbers beside it"
+            )
         return self
+
+    @property
+    def distils(self) -> bool:
+        """Whether the student is compared with the teacher's distributions."""
+        return max(both_ends(self.kl)) > 0
+
+    @property
+    def transfers(self) -> bool:
+        """Whether the student is compared with the teacher's hidden states."""
+        return max(both_ends(self.hidden)) > 0
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Return the dataset layers whose hidden states are needed."""
+        final = ("final",) if self.exact and self.distils else ()
+        return tuple(dict.fromkeys((*final, *(self.hidden_map if self.transfers else ()))))
+
+    @property
+    def softened(self) -> bool:
+        """Whether the temperature is ever other than 1."""
+        return both_ends(self.temperature) != (1.0, 1.0)
 
 
 class TrainConfig(Settings):
@@ -92,12 +188,12 @@ class TrainConfig(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the forward and backward pass; `auto` is bfloat16 where the machine computes it natively, else
     float32."""
-    learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak learning rate of AdamW."""
+    learning_rate: Positive = 1e-3
+    """Learning rate of AdamW: a peak with a cosine after it, or a schedule of its own."""
     final_learning_rate_fraction: float = Field(default=0.1, ge=0.0, le=1.0)
-    """Learning rate at the last step, as a fraction of the peak; cosine in between."""
+    """Learning rate at the last step, as a fraction of a plain number's peak."""
     warmup_steps: int = Field(default=20, ge=0)
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up, whatever comes after."""
     weight_decay: float = Field(default=0.1, ge=0.0)
     """Decoupled weight decay of matrices; vectors have none."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
@@ -127,6 +223,8 @@ class TrainConfig(Settings):
                 f"train.global_batch_size {self.global_batch_size} does not split into workers {self.workers} × "
                 f"micro_batch_size {self.micro_batch_size}; use a multiple of {chunk}"
             )
+        if max(both_ends(self.learning_rate)) <= 0:
+            raise ValueError("train.learning_rate is 0 throughout; give its schedule a positive start")
         if self.warmup_steps >= self.steps:
             raise ValueError(f"train.warmup_steps {self.warmup_steps} must be below train.steps {self.steps}")
         return self

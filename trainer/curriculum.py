@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from storage.errors import InputError
 from trainer.config import CurriculumConfig
+from trainer.schedules import ramp
 
 Float64Array = NDArray[np.float64]
 
@@ -24,7 +25,8 @@ def planned_shares(curriculum: CurriculumConfig, num_samples: Mapping[str, int],
     names = list(num_samples)
     start = _row(curriculum.start or dict(num_samples), names, "start")
     end = _row(curriculum.end, names, "end") if curriculum.end else start
-    shares = start + _ramp(curriculum, steps)[:, None] * (end - start)
+    at = np.arange(steps, dtype=np.float64) / max(steps - 1, 1)
+    shares = start + ramp(curriculum.shape, curriculum.begin, curriculum.finish, at)[:, None] * (end - start)
     for column, name in enumerate(names):
         if num_samples[name] == 0 and shares[:, column].any():
             raise InputError(
@@ -42,15 +44,3 @@ def _row(shares: Mapping[str, float], names: list[str], field: str) -> Float64Ar
     if row.sum() <= 0:
         raise InputError(f"no source has training samples ({', '.join(names)}); lower data.heldout_fraction")
     return np.asarray(row / row.sum())
-
-
-def _ramp(curriculum: CurriculumConfig, steps: int) -> Float64Array:
-    """Return how far each step is along the ramp, 0 to 1, [steps]."""
-    at = np.arange(steps, dtype=np.float64) / max(steps - 1, 1)
-    width = curriculum.finish - curriculum.begin
-    along = np.clip((at - curriculum.begin) / width, 0.0, 1.0) if width > 0 else (at >= curriculum.begin) * 1.0
-    if curriculum.shape == "cosine":
-        return np.asarray((1.0 - np.cos(np.pi * along)) / 2.0)
-    if curriculum.shape == "step":
-        return np.asarray((along >= 0.5) * 1.0)
-    return np.asarray(along)

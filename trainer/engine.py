@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from trainer.config import TrainConfig
+from trainer.schedules import learning_rate
 
 Device = Literal["cpu", "gpu"]
 
@@ -86,7 +87,7 @@ def start_engine(module: nn.Module, train: TrainConfig, place: Place) -> Any:
     backend = "gloo" if place.device == "cpu" else "nccl"
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     optimizer = torch.optim.AdamW(
-        parameter_groups(module, train.weight_decay), lr=train.learning_rate, betas=train.adam_betas, eps=1e-8
+        parameter_groups(module, train.weight_decay), lr=learning_rate(train, 0), betas=train.adam_betas, eps=1e-8
     )
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(train))
     return engine

@@ -73,7 +73,7 @@ def step_loader(
     dataset: TargetReader, order: PlannedOrder, train: TrainConfig, rank: int, world_size: int
 ) -> Callable[[int], StepData]:
     """Return the function that reads and lays out a rank's part of a step."""
-    layers = wanted_layers(train)
+    layers = train.loss.layers
     part = rank_slice(train.global_batch_size, rank, world_size)
 
     def load(step: int) -> StepData:
@@ -109,11 +109,6 @@ def _read_ids(parts: Sequence[Part]) -> UInt8Array:
     """Return the ids of the samples that were read, in the order in which they were asked for."""
     order = np.argsort(np.concatenate([part.asked for part in parts]), kind="stable")
     return np.concatenate([part.samples.sample_id for part in parts])[order]
-
-
-def wanted_layers(train: TrainConfig) -> tuple[str, ...]:
-    """Return the dataset's layers whose hidden states the loss uses."""
-    return tuple(train.loss.hidden_map) if train.loss.hidden > 0 else ()
 
 
 def channel_variance(dataset: TargetReader, ids: UInt8Array, layers: list[str]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import storage.errors
 from storage.errors import LecternError, WorkerError
+from storage.heads import load_head
 from storage.hidden import positions_per_state
 from storage.identity import DatasetIdentity
 from storage.sample_set import SampleSet
@@ -123,7 +124,7 @@ class _Rank:
         if self.train.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         loss = self.train.loss
-        mapped = loss.hidden_map if loss.hidden > 0 else {}
+        mapped = loss.hidden_map if loss.transfers else {}
         anatomy = examine(model, list(mapped.values()), self.train.zero_stage)
         transfer = None
         if mapped:
@@ -133,7 +134,10 @@ class _Rank:
                 torch.manual_seed(self.spec.student.seed)
                 transfer = HiddenTransfer(widths, variance)
         weight = positions_per_state(self.spec.identity.capture.hidden_every)
-        return DistilModel(model, loss, anatomy.head_path, transfer, weight).train()
+        head = None
+        if loss.distils and loss.exact:
+            head = load_head(self.dataset.datasets[0].store, self.spec.identity.fingerprint).to(self.place.torch_device)
+        return DistilModel(model, loss, anatomy.head_path, transfer, weight, head).train()
 
     def run(self, report: Report, restore: Restore) -> dict[str, Any]:
         """Run the steps that are left and export."""
@@ -160,6 +164,7 @@ class _Rank:
         began, waited_before = time.perf_counter(), feed.waited_s
         data, counts = self._next(step, feed)
         set_learning_rate(self.engine, learning_rate(self.train, step))
+        self.engine.module.at_step(step, self.train.steps)
         losses = self._optimize(step, data, counts.num_supervised)
         seconds = time.perf_counter() - began
         self.position = replace(
@@ -231,6 +236,7 @@ class _Rank:
             "step": step + 1,
             **losses,
             "lr": learning_rate(self.train, step),
+            "weights": self.engine.module.weights(),
             "tokens_per_s": tokens_per_s,
             "data_wait_fraction": waited,
             "planned": dict(zip(names, self.order.shares[step].tolist(), strict=True)),

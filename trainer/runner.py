@@ -18,13 +18,12 @@ from trainer import checkpoint
 from trainer.config import CurriculumConfig, LossConfig, StudentConfig, TrainConfig
 from trainer.engine import Device
 from trainer.export import copy_tokenizer
-from trainer.feed import wanted_layers
 from trainer.loop import LoopSpec, planned_order
-from trainer.losses import SPARSE_LOSSES, ForwardKL, require_kind
 from trainer.metrics import Follower
 from trainer.ray_fit import fit
 from trainer.result import RESULT_FILE, TrainResult, mixture, recorded_result, require_same_config, run_facts
 from trainer.sampler import PlannedOrder
+from trainer.served import require_served
 from trainer.student import build_student, examine, resolve_student
 
 _POLL_S = 0.5
@@ -101,7 +100,7 @@ def train_student(
         samples_url=Store(samples_url).url,
         run_dir=run_dir,
         device=device,
-        reading=replace(reading, layers=wanted_layers(train)),
+        reading=replace(reading, layers=train.loss.layers),
         facts=facts,
         resume=resume,
     )
@@ -117,8 +116,8 @@ def train_student(
 
 
 def _check_dataset(dataset: DatasetUnion, order: PlannedOrder, loss: LossConfig) -> None:
-    for kind in dataset.kinds if loss.kl > 0 else ():
-        require_kind(ForwardKL(), kind, SPARSE_LOSSES)
+    for other in dataset.datasets:
+        require_served(loss, other.identity.capture)
     missing = len(dataset.missing(order.used_ids()))
     if missing:
         raise InputError(
@@ -128,17 +127,17 @@ def _check_dataset(dataset: DatasetUnion, order: PlannedOrder, loss: LossConfig)
 
 
 def _check_layers(student: StudentConfig, folder: str | None, dataset: DatasetUnion, train: TrainConfig) -> None:
-    if train.loss.hidden <= 0:
+    if not train.loss.layers:
         return
     identity = dataset.identity
     for other in dataset.datasets:
         if other.identity.teacher.weights != identity.teacher.weights:
             raise InputError(
                 f"{other.store.shown()} holds another teacher's hidden states, which mean something else; leave it out "
-                "of cache.also, or set train.loss.hidden to 0"
+                "of cache.also, or train without train.loss.hidden and train.loss.exact"
             )
         held = other.identity.capture.hidden
-        for layer in train.loss.hidden_map:
+        for layer in train.loss.layers:
             if layer not in held:
                 raise InputError(
                     f"{other.store.shown()} holds no hidden states of layer {layer!r}; it holds "

@@ -4,12 +4,15 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from storage.errors import InputError
 from tests.trainer.tiny import train_config
-from trainer.config import CurriculumConfig
+from trainer.config import CurriculumConfig, LossConfig, ScheduleConfig, both_ends
 from trainer.curriculum import planned_shares
-from trainer.schedules import learning_rate
+from trainer.schedules import learning_rate, value_at
 
 SAMPLES = {"general": 30, "domain": 10}
 RAMP = {"start": {"general": 9, "domain": 1}, "end": {"general": 0.1, "domain": 0.9}}
@@ -60,3 +63,60 @@ def test_learning_rate_warms_up_and_falls_to_its_fraction() -> None:
     assert rates[55] == pytest.approx(5.5e-3)
     assert rates[-1] == pytest.approx(1e-3)
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+
+
+def test_schedules_move_from_start_to_end() -> None:
+    def values(shape: str, **fields: float) -> list[float]:
+        schedule = ScheduleConfig.model_validate({"shape": shape, "start": 2.0, **fields})
+        return [value_at(schedule, step, 11) for step in range(11)]
+
+    assert values("constant") == [2.0] * 11
+    np.testing.assert_allclose(values("linear", end=1.0), np.linspace(2, 1, 11))
+    np.testing.assert_allclose(values("cosine", end=1.0)[::5], [2, 1.5, 1])
+    np.testing.assert_allclose(values("step", end=1.0, begin=0.2, finish=0.6), [2] * 4 + [1] * 7)
+    stable = values("warmup_stable_decay", end=0.5, begin=0.2, finish=0.8)
+    np.testing.assert_allclose(stable, [1] + [2] * 8 + [1.25, 0.5])
+    two = values("two_stage", end=1.0, begin=0.5)
+    np.testing.assert_allclose(two[:6], 2)
+    assert all(a > b for a, b in itertools.pairwise(two[5:]))
+    assert two[-1] == pytest.approx(1)
+    assert value_at(0.3, 7, 11) == 0.3
+
+
+@given(
+    st.sampled_from(["constant", "linear", "cosine", "step", "warmup_stable_decay", "two_stage"]),
+    st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted),
+    st.floats(0, 10),
+    st.floats(0, 10),
+    st.integers(1, 50),
+)
+def test_schedules_stay_between_their_ends(shape: str, span: list[float], start: float, end: float, steps: int) -> None:
+    fields = {"shape": shape, "start": start, "begin": span[0], "finish": span[1]}
+    schedule = ScheduleConfig.model_validate({**fields, **({} if shape == "constant" else {"end": end})})
+    low = 0.0 if shape == "warmup_stable_decay" else min(both_ends(schedule))
+    for step in range(steps):
+        assert low - 1e-9 <= value_at(schedule, step, steps) <= max(both_ends(schedule)) + 1e-9
+
+
+def test_impossible_schedules_are_refused() -> None:
+    for fields, message in (
+        ({"shape": "linear", "start": 1, "begin": 0.6, "finish": 0.5}, "finish 0.5 lies before begin 0.6"),
+        ({"shape": "constant", "start": 1, "end": 2}, "a constant has no end 2"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            ScheduleConfig.model_validate(fields)
+    with pytest.raises(ValidationError, match="must stay above 0"):
+        LossConfig(temperature={"shape": "linear", "start": 2.0, "end": 0.0})
+    with pytest.raises(ValidationError, match="give kl, ce and hidden as plain numbers"):
+        LossConfig(kl={"shape": "linear", "start": 1.0}, adaptive="uncertainty")
+    with pytest.raises(ValidationError, match="all 0"):
+        LossConfig(kl={"shape": "linear", "start": 0.0}, ce=0.0)
+
+
+def test_a_learning_rate_may_have_its_own_schedule() -> None:
+    stable = {"shape": "warmup_stable_decay", "start": 1e-2, "end": 0.0, "finish": 0.5}
+    train = train_config(steps=21, warmup_steps=4, learning_rate=stable)
+    rates = [learning_rate(train, step) for step in range(21)]
+    np.testing.assert_allclose(rates[:4], [0.0025, 0.005, 0.0075, 0.01])
+    np.testing.assert_allclose(rates[4:11], 1e-2)
+    assert rates[-1] == 0

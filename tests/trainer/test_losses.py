@@ -5,13 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from storage.errors import InputError
 from storage.samples import SampleBatch
 from storage.targets import TargetBatch
 from tests.trainer.tiny import targets_from_logits
 from tests.workers.tiny import window
 from trainer.batches import sparse_targets
-from trainer.losses import SPARSE_LOSSES, ForwardKL, HeadTerms, SparseTargets, head_loss, logits_loss, require_kind
+from trainer.losses import ForwardKL, HeadTerms, SparseTargets, head_loss, logits_loss
 from trainer.losses import head as head_module
 from trainer.losses.hidden import HiddenTransfer
 
@@ -173,24 +172,6 @@ def test_bfloat16_heads_are_summed_in_float32() -> None:
     assert low[1].grad.dtype == torch.bfloat16
     for found, expected in zip(low, high, strict=True):
         assert relative(found.grad, expected.grad.double()) < 0.02
-
-
-def test_a_loss_refuses_kinds_and_names_one_that_fits() -> None:
-    class OnlyDense:
-        name = "picky"
-        accepts = frozenset({"dense"})
-        unbiased_on = frozenset({"dense"})
-
-        def evaluate(self, view: object) -> None: ...
-
-    with pytest.raises(
-        InputError,
-        match="kind dense, but the dataset holds hybrid; a loss that accepts hybrid is forward_kl",
-    ):
-        require_kind(OnlyDense(), "hybrid", SPARSE_LOSSES)
-    with pytest.raises(InputError, match="cross-entropy alone"):
-        require_kind(ForwardKL(), "text", SPARSE_LOSSES)
-    require_kind(ForwardKL(), "topk", SPARSE_LOSSES)
 
 
 def test_hidden_states_of_some_positions_stand_for_all() -> None:

@@ -1,21 +1,22 @@
-"""Distillation losses. Each declares the kinds of targets that it accepts."""
+"""Distillation losses; `trainer.served` tells which kinds of targets each one takes."""
 
-from trainer.losses.base import EntryView, LossParts, SparseLoss, SparseTargets, require_kind
+from trainer.losses.base import EntryView, LossParts, SparseTargets
+from trainer.losses.choice import DIVERGENCES, chosen_divergence
+from trainer.losses.forward_kl import ForwardKL
+from trainer.losses.full import FullTeacher
 from trainer.losses.head import HeadTerms, head_loss, logits_loss
-from trainer.losses.sparse_kl import ForwardKL
-
-SPARSE_LOSSES: list[SparseLoss] = [ForwardKL()]
-"""Every divergence that a config can ask for."""
+from trainer.losses.rows import Divergence
 
 __all__ = [
-    "SPARSE_LOSSES",
+    "DIVERGENCES",
+    "Divergence",
     "EntryView",
     "ForwardKL",
+    "FullTeacher",
     "HeadTerms",
     "LossParts",
-    "SparseLoss",
     "SparseTargets",
+    "chosen_divergence",
     "head_loss",
     "logits_loss",
-    "require_kind",
 ]

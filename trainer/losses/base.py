@@ -1,12 +1,9 @@
-"""What every sparse distillation loss keeps to, and the sparse targets on a device."""
+"""Sparse targets on a device, and what a loss makes of a chunk of them."""
 
 from dataclasses import dataclass, fields
-from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from storage.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +37,11 @@ class SparseTargets:
     def edges(self) -> list[int]:
         """Return where the kind changes, 0 and P included."""
         return [0, *(end for _, end in self.runs)] if self.runs else [0, self.num_positions]
+
+    def rows(self) -> Tensor:
+        """Return the position of each entry, int64 [E]."""
+        positions = torch.arange(self.num_positions, device=self.id.device)
+        return torch.repeat_interleave(positions, self.entry_offsets.diff(), output_size=len(self.id))
 
     def positions(self, first: int, last: int) -> "SparseTargets":
         """Return the targets of positions `first` to `last`, which must be of one kind."""
@@ -81,29 +83,3 @@ class LossParts:
     value: Tensor  # float32 [C]
     outside: Tensor  # float32 [C]
     at_entries: Tensor  # float32 [E]
-
-
-class SparseLoss(Protocol):
-    """A divergence between the stored targets and the student."""
-
-    name: str
-    accepts: frozenset[str]
-    """Kinds of targets that it may be used on."""
-    unbiased_on: frozenset[str]
-    """Kinds on which its gradient is that of the full teacher distribution, in expectation."""
-
-    def evaluate(self, view: EntryView) -> LossParts:
-        """Return value and gradient of a chunk."""
-        ...
-
-
-def require_kind(loss: SparseLoss, kind: str, others: list[SparseLoss]) -> None:
-    """Raise InputError when `loss` cannot be used on targets of `kind`, naming what fits."""
-    if kind in loss.accepts:
-        return
-    fitting = [other.name for other in others if kind in other.accepts]
-    hint = f"a loss that accepts {kind} is {fitting[0]}" if fitting else "use cross-entropy alone (train.loss.kl: 0)"
-    raise InputError(
-        f"the loss {loss.name} accepts targets of kind {', '.join(sorted(loss.accepts))}, but the dataset holds "
-        f"{kind}; {hint}, or capture again with cache.kind: {sorted(loss.accepts)[0]}"
-    )

@@ -1,11 +1,12 @@
-"""One pass over the output head: cross-entropy and sparse distillation together.
+"""One pass over the output head: cross-entropy and divergence together.
 
 The gradient of every term on the logits is known in closed form, so it is written over the logits chunk by chunk
 while they are at hand, and only the gradients on hidden states and head survive the forward pass. The
-[positions, vocabulary] tensor never exists whole.
+[positions, vocabulary] tensor never exists whole. One softmax serves all terms on sparse targets: beyond
+cross-entropy they cost gathers and scatters at the entries.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trainer.losses.base import EntryView, SparseLoss, SparseTargets
+from trainer.losses.base import EntryView, SparseTargets
+from trainer.losses.full import FullTeacher, full_gradient
+from trainer.losses.rows import Divergence
 
 CHUNK_BYTES = 16 << 20
 """Bytes of float32 logits worked on at a time, so that they stay near the caches…"""
@@ -27,11 +30,18 @@ class HeadTerms:
     """Weights of the terms computed at the output head."""
 
     cross_entropy: float
-    losses: Sequence[tuple[float, SparseLoss]]
+    divergences: Sequence[tuple[float, Divergence]] = ()
+    temperature: float = 1.0
+    """Of the divergences; other than 1 only with a FullTeacher."""
 
 
 def head_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: SparseTargets, terms: HeadTerms
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: SparseTargets,
+    terms: HeadTerms,
+    teacher: FullTeacher | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the weighted sum of the terms over all positions, and the sum of each term by itself (detached).
 
@@ -40,17 +50,20 @@ def head_loss(
         weight: the head, [vocabulary, width]; `bias` [vocabulary] or none.
         targets: P positions.
         terms: what is summed.
+        teacher: whole distributions of the P positions that the divergences take instead of the entries.
 
     Returns:
-        A float32 scalar that can be differentiated, and float32 [1 + losses]: cross-entropy first.
+        A float32 scalar that can be differentiated once, and float32 [1 + divergences]: cross-entropy first.
     """
-    total, each = _HeadLoss.apply(hidden, weight, bias, targets, terms)  # type: ignore[no-untyped-call]
+    total, each = _HeadLoss.apply(hidden, weight, bias, targets, terms, teacher)  # type: ignore[no-untyped-call]
     return total, each
 
 
-def logits_loss(logits: Tensor, targets: SparseTargets, terms: HeadTerms) -> tuple[Tensor, Tensor]:
+def logits_loss(
+    logits: Tensor, targets: SparseTargets, terms: HeadTerms, teacher: FullTeacher | None = None
+) -> tuple[Tensor, Tensor]:
     """Return what `head_loss` returns, from the logits [P, vocabulary] themselves."""
-    total, each = _LogitsLoss.apply(logits, targets, terms)  # type: ignore[no-untyped-call]
+    total, each = _LogitsLoss.apply(logits, targets, terms, teacher)  # type: ignore[no-untyped-call]
     return total, each
 
 
@@ -63,19 +76,22 @@ class _HeadLoss(torch.autograd.Function):
         bias: Tensor | None,
         targets: SparseTargets,
         terms: HeadTerms,
+        teacher: FullTeacher | None,
     ) -> tuple[Tensor, Tensor]:
         grad_hidden = torch.empty_like(hidden)
         # Summed in float32 over the chunks, whatever the precision of the weights.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        each = torch.zeros(1 + len(terms.losses), dtype=torch.float32, device=hidden.device)
-        for part, first, last in _chunks(targets, weight.shape[0]):
+        each = torch.zeros(1 + len(terms.divergences), dtype=torch.float32, device=hidden.device)
+        for first, last in _chunks(targets, weight.shape[0]):
             rows = hidden[first:last]
             logits = torch.nn.functional.linear(rows, weight, bias).float()
-            each += write_gradient(logits, part, terms)
+            each += write_gradient(logits, targets.positions(first, last), terms, _part(teacher, first, last, logits))
             gradient = logits.to(hidden.dtype)
             torch.mm(gradient, weight, out=grad_hidden[first:last])
-            if grad_weight is not None:
+            if grad_weight is not None and gradient.dtype == torch.float32:
+                grad_weight.addmm_(gradient.T, rows)
+            elif grad_weight is not None:
                 grad_weight += gradient.T @ rows
             if grad_bias is not None:
                 grad_bias += logits.sum(0)
@@ -86,65 +102,89 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.grads), None, None
+        return *_scaled(ctx, grad_total), None, None, None
 
 
 class _LogitsLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: SparseTargets, terms: HeadTerms) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits: Tensor, targets: SparseTargets, terms: HeadTerms, teacher: FullTeacher | None
+    ) -> tuple[Tensor, Tensor]:
         gradient = torch.empty_like(logits)
-        each = torch.zeros(1 + len(terms.losses), dtype=torch.float32, device=logits.device)
-        for part, first, last in _chunks(targets, logits.shape[1]):
+        each = torch.zeros(1 + len(terms.divergences), dtype=torch.float32, device=logits.device)
+        for first, last in _chunks(targets, logits.shape[1]):
             chunk = logits[first:last].to(torch.float32, copy=True)
-            each += write_gradient(chunk, part, terms)
+            each += write_gradient(chunk, targets.positions(first, last), terms, _part(teacher, first, last, chunk))
             gradient[first:last] = chunk
-        ctx.gradient = gradient
+        ctx.grads = (gradient,)
         ctx.mark_non_differentiable(each)
         return (each * _weights(terms, each)).sum(), each
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.gradient * grad_total.to(ctx.gradient.dtype), None, None
+        return *_scaled(ctx, grad_total), None, None, None
 
 
-def write_gradient(logits: Tensor, targets: SparseTargets, terms: HeadTerms) -> Tensor:
+def write_gradient(logits: Tensor, targets: SparseTargets, terms: HeadTerms, teacher: Tensor | None = None) -> Tensor:
     """Overwrite float32 logits [C, V] with the gradient of the weighted sum of the terms on them.
 
+    Args:
+        logits: the student's.
+        targets: of these positions.
+        terms: what is summed.
+        teacher: the teacher's logits [C, V] where the divergences take whole distributions; overwritten.
+
     Returns:
-        The sum of each term over the chunk, float32 [1 + losses], cross-entropy first.
+        The sum of each term over the chunk, float32 [1 + divergences], cross-entropy first.
     """
-    log_norm = torch.logsumexp(logits, dim=1)
-    label_logprob = logits.gather(1, targets.label[:, None])[:, 0] - log_norm
-    counts = targets.entry_offsets.diff()
-    row = torch.repeat_interleave(torch.arange(len(counts), device=logits.device), counts, output_size=len(targets.id))
-    view = EntryView(targets, row, logits[row, targets.id] - log_norm[row])
-    outside = torch.full_like(log_norm, terms.cross_entropy)
+    weighted = terms.divergences
+    full = [] if teacher is None else full_gradient(logits, teacher, weighted, terms.temperature)
+    sparse = weighted if teacher is None else ()
+    positions = torch.arange(targets.num_positions, device=logits.device)
+    row = targets.rows()
+    label_logit, entry_logit = logits[positions, targets.label], logits[row, targets.id]
+    largest = logits.amax(1, keepdim=True)
+    norm = logits.sub_(largest).exp_().sum(1)
+    log_norm = largest[:, 0] + norm.log()
+    view = EntryView(targets, row, entry_logit - log_norm[row])
+    outside = torch.full_like(norm, terms.cross_entropy)
     at_entries = terms.cross_entropy * view.student_logprob.exp()
-    sums = [-label_logprob.sum()]
-    for weight, loss in terms.losses:
-        parts = loss.evaluate(view)
+    sums = [(log_norm - label_logit).sum()]
+    for weight, divergence in sparse:
+        parts = divergence.evaluate(view)
         outside += weight * parts.outside
         at_entries += weight * parts.at_entries
         sums.append(parts.value.sum())
-    logits.sub_(log_norm[:, None]).exp_().mul_(outside[:, None])
-    logits[row, targets.id] = at_entries
+    logits.mul_((outside / norm)[:, None])
+    if sparse:
+        logits[row, targets.id] = at_entries
     if terms.cross_entropy:
-        logits[torch.arange(len(counts), device=logits.device), targets.label] -= terms.cross_entropy
-    return torch.stack(sums)
+        logits[positions, targets.label] -= terms.cross_entropy
+    if teacher is not None:
+        logits += teacher
+    return torch.stack([*sums, *full])
+
+
+def _part(teacher: FullTeacher | None, first: int, last: int, logits: Tensor) -> Tensor | None:
+    return None if teacher is None else teacher.logits(first, last, logits.shape[1])
 
 
 def _cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
     return None if gradient is None or like is None else gradient.to(like.dtype)
 
 
+def _scaled(ctx: Any, grad_total: Tensor) -> list[Tensor | None]:
+    """Return the gradients times that of the total, in place: they are handed out once."""
+    grads, ctx.grads = ctx.grads, None
+    return [None if grad is None else grad.mul_(grad_total.to(grad.dtype)) for grad in grads]
+
+
 def _weights(terms: HeadTerms, like: Tensor) -> Tensor:
-    return torch.tensor([terms.cross_entropy, *(weight for weight, _ in terms.losses)]).to(like)
+    return torch.tensor([terms.cross_entropy, *(weight for weight, _ in terms.divergences)]).to(like)
 
 
-def _chunks(targets: SparseTargets, vocabulary: int) -> list[tuple[SparseTargets, int, int]]:
+def _chunks(targets: SparseTargets, vocabulary: int) -> Iterator[tuple[int, int]]:
     size = max(MIN_CHUNK, CHUNK_BYTES // (4 * vocabulary))
-    edges = [
-        (first, min(first + size, end)) for begin, end in pairwise(targets.edges()) for first in range(begin, end, size)
-    ]
-    return [(targets.positions(first, last), first, last) for first, last in edges]
+    runs = pairwise(targets.edges())
+    return ((first, min(first + size, end)) for begin, end in runs for first in range(begin, end, size))

@@ -1,0 +1,70 @@
+"""Which kinds of targets each divergence takes, and whether a dataset can serve a config; imports no torch."""
+
+from dataclasses import dataclass
+
+from storage.errors import InputError
+from storage.heads import FINAL
+from storage.identity import CaptureIdentity
+from trainer.config import LossConfig
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a divergence can be computed from; whole distributions (`train.loss.exact`) serve every one."""
+
+    accepts: tuple[str, ...] = ("topk", "hybrid", "dense")
+    """Kinds of targets, the usual choice first."""
+    unbiased_on: tuple[str, ...] = ("dense",)
+    """Kinds on which its gradient is that of the full teacher distribution, in expectation."""
+
+
+FITS: dict[str, Fit] = {
+    # Linear in the teacher's probabilities, and so the one that draws serve: E[t̂] = t.
+    "forward_kl": Fit(("hybrid", "sampled", "topk", "dense"), ("hybrid", "sampled", "dense")),
+    # These need the log-probabilities that were stored, and take what is outside the entries as one bucket.
+    **dict.fromkeys(("reverse_kl", "jsd", "skew_kl", "reverse_skew_kl", "adaptive_kl", "tvd"), Fit()),
+}
+"""Every divergence of `train.loss.divergence`."""
+
+
+def require_served(loss: LossConfig, capture: CaptureIdentity) -> None:
+    """Raise InputError when a dataset cannot serve the divergence of a config, naming what would fit."""
+    if loss.distils and loss.exact:
+        _require_final(capture)
+    elif loss.distils:
+        _require_kind(loss.divergence, capture.kind)
+        if loss.softened and capture.kind != "dense":
+            raise InputError(
+                f"train.loss.temperature other than 1 needs whole distributions, but of targets of kind {capture.kind} "
+                "the tail is known at temperature 1 alone; leave it at 1, or set train.loss.exact and cache.hidden: "
+                f"[{FINAL}]"
+            )
+
+
+def _require_kind(name: str, kind: str) -> None:
+    accepts = FITS[name].accepts
+    if kind in accepts:
+        return
+    fitting = [other for other, fit in FITS.items() if kind in fit.accepts]
+    hint = f"set train.loss.divergence: {fitting[0]}" if fitting else "train on the text alone with train.loss.kl: 0"
+    raise InputError(
+        f"the divergence {name} needs targets of kind {', '.join(accepts)}, not {kind}; {hint}, or capture with "
+        f"cache.kind: {accepts[0]}"
+    )
+
+
+def _require_final(capture: CaptureIdentity) -> None:
+    remedy = f"capture with cache.hidden: [{FINAL}] and cache.hidden_every: 1, or leave train.loss.exact out"
+    if FINAL not in capture.hidden:
+        held = ", ".join(capture.hidden) or "no layer"
+        raise InputError(f"train.loss.exact needs the hidden state {FINAL!r}, but those of {held} are kept; {remedy}")
+    if capture.hidden_every is not None:
+        raise InputError(
+            f"train.loss.exact needs the hidden state of every position, but cache.hidden_every is "
+            f"{capture.hidden_every:g}; {remedy}"
+        )
+    if capture.hidden_projection is not None:
+        raise InputError(
+            f"train.loss.exact needs whole hidden states, but they were projected to {capture.hidden_projection} "
+            f"values; {remedy}"
+        )
