@@ -11,7 +11,7 @@ from cluster.loader import check_config, load_config, parse_yaml
 from cluster.progress import Progress
 from cluster.rundir import RESOLVED_KEY, RunDir
 from cluster.terminal import Terminal
-from storage.errors import InputError
+from storage.errors import InputError, StorageError
 
 
 def print_schema() -> None:
@@ -215,8 +215,12 @@ def datasets_of(
     from storage.info import INFO_KEY
     from storage.object_store import Store
 
-    if not _is_config(target) and Store(target).exists(INFO_KEY):
-        return [target], RunDir(run_dir) if run_dir else None
+    try:
+        # Reading tells more than looking up: an answer to the latter has no room for the store's reason.
+        if not _is_config(target) and Store(target).read_if_exists(INFO_KEY) is not None:
+            return [target], RunDir(run_dir) if run_dir else None
+    except StorageError as error:
+        raise InputError(str(error)) from error
     config, run = _run_of(out, target, overrides, run_dir)
     return [config.cache.url, *config.cache.also], run
 

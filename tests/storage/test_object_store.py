@@ -13,8 +13,13 @@ from uuid import uuid4
 import pytest
 from storage_faults import as_ordinary_user, full_disk
 
+from storage.compaction import compact
 from storage.errors import InputError, IntegrityError, StorageError
+from storage.gc import collect_garbage
 from storage.object_store import Store
+from storage.reader import Dataset
+from storage.verify import verify_dataset
+from storage.writer import DatasetWriter
 
 
 @pytest.fixture(params=["folder", "memory", "s3"])
@@ -190,14 +195,33 @@ def test_unreachable_endpoint_is_told(s3_url: str, monkeypatch: pytest.MonkeyPat
         Store(f"{s3_url}/elsewhere").probe()
 
 
-def test_any_endpoint_named_in_the_environment(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs against LECTERN_TEST_S3_URL with the credentials of LECTERN_TEST_S3_* where set; else against moto."""
+def test_any_endpoint_named_in_the_environment(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch, make_identity: Any, make_unit: Any, assert_same_unit: Any
+) -> None:
+    """A dataset from beginning to end, at LECTERN_TEST_S3_URL with LECTERN_TEST_S3_* where set; else on moto."""
     for name in ("ENDPOINT_URL", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
         if value := os.environ.get(f"LECTERN_TEST_S3_{name}"):
             monkeypatch.setenv(f"AWS_{name}", value)
-    store = Store(f"{os.environ.get('LECTERN_TEST_S3_URL', s3_url)}/{uuid4().hex}")
-    assert store.probe() is True
+    url = f"{os.environ.get('LECTERN_TEST_S3_URL', s3_url)}/{uuid4().hex}"
+    store = Store(url)
+    honoured = store.probe()
     assert store.list() == []
+    units = [make_unit(make_identity(), 2, seed) for seed in range(3)]
+    with DatasetWriter.create(url, make_identity()) as writer:
+        assert (writer.lease is None) == honoured
+        for n, unit in enumerate(units):
+            assert writer.commit(f"u{n}", *unit, attempt=1).committed
+            assert not writer.commit(f"u{n}", *unit, attempt=2).committed
+        assert compact(store, writer.info).added == 3
+        store.write("data/u9-1-aa.parquet", b"orphan")
+        assert [item.key for item in collect_garbage(store, writer.info, -60).removed] == ["data/u9-1-aa.parquet"]
+    report = verify_dataset(url)
+    assert (report.ok, report.units, report.orphans) == (True, 3, [])
+    dataset = Dataset.open(url)
+    for unit in units:
+        assert_same_unit(dataset.read(unit[0].ids()), unit)
+    for key in store.list():
+        store.delete(key)
 
 
 def _require_credentials(endpoint: str, required: bool) -> None:
