@@ -1,0 +1,1 @@
+"""What the benchmark of the reader is made of: rows, and the readers that are compared."""
