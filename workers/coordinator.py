@@ -22,10 +22,11 @@ from workers.config import TeacherConfig
 from workers.fleet import LocalReplica, log_hint, rank_bundle
 from workers.local.rank import CaptureJob, Rank, UnitReceipt
 from workers.loop import FleetLoop, OnEvent, brief
+from workers.metrics import FleetMetrics
 from workers.model_folder import model_facts
 from workers.policy import FailureKind, FleetPolicy, ReplicaKind
 from workers.replica import Done, Lost, News, Post
-from workers.resources import describe, free_resources, placement_strategy
+from workers.resources import autoscaler_refuses, describe, free_resources, placement_strategy
 from workers.units import WorkUnit, plan_units
 
 
@@ -114,6 +115,7 @@ def capture(
     on_event: OnEvent | None = None,
     price_per_hour: float = 0.0,
     rank_class: type[Rank] = Rank,
+    may_grow: bool = False,
 ) -> CaptureResult:
     """Score the samples at `rows` that the dataset lacks; Ray must be running.
 
@@ -123,6 +125,7 @@ def capture(
             `workers.loop`.
         price_per_hour: of one replica's machines, for the cost of idle time.
         rank_class: the actor class of a rank; another one may score in another way.
+        may_grow: whether Ray is a cluster that an autoscaler may add nodes to.
 
     Raises:
         InputError: the model, the dataset or a setting is wrong, or no node can hold a rank.
@@ -151,9 +154,13 @@ def capture(
     job = CaptureJob(teacher, model_folder, samples.url, cache.url, identity)
     on_device = "cuda" if device in {"gpu", "cuda"} else "cpu"
     kind = local_kind(teacher, on_device, price_per_hour)
-    strategy = placement_strategy(rank_bundle(on_device), teacher.ranks)
+    strategy = placement_strategy(rank_bundle(on_device), teacher.ranks, may_grow=may_grow)
 
-    batches = _BatchLimit(teacher.batch_tokens)
+    batches, metrics = _BatchLimit(teacher.batch_tokens), FleetMetrics()
+
+    def tell(event: dict[str, Any]) -> None:
+        metrics.take(event)
+        notify(event)
 
     def make(number: int, _kind: ReplicaKind, post: Post) -> LocalReplica:
         smaller = replace(job, teacher=teacher.model_copy(update={"batch_tokens": batches.tokens}))
@@ -161,7 +168,17 @@ def capture(
 
     # Two captures of the same dataset begin at different places, so that each finds the other's units done.
     ordered = units.rotated(random.SystemRandom().randrange(len(units)))
-    loop = FleetLoop(ordered, units.tokens, [kind], make, fleet_policy(teacher), notify, result.add, free_resources)
+    loop = FleetLoop(
+        ordered,
+        units.tokens,
+        [kind],
+        make,
+        fleet_policy(teacher),
+        tell,
+        result.add,
+        why_waiting=free_resources,
+        hopeless=lambda kind: may_grow and autoscaler_refuses(rank_bundle(on_device)),
+    )
     try:
         loop.run()
     except LecternError:

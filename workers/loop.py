@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, Generic
 
+from storage.errors import InputError
 from workers.dispatch import Beat, Command, Dispatcher, Give, Kill, Retry, SetAside, Start
 from workers.meter import FleetStatus
 from workers.policy import FailureKind, FleetPolicy, ReplicaKind
@@ -15,6 +16,8 @@ POLL_S = 0.5
 """Longest wait for news: limits of time are looked at that often."""
 STATUS_S = 1.0
 """Time between two `fleet` events."""
+HOPE_S = 5.0
+"""A replica waits this long before it is asked whether it waits in vain: the autoscaler needs a moment to tell."""
 WAITING_NOTICE_S = 15.0
 """A replica that waits longer for resources is reported."""
 MOST_NEWS = 1000
@@ -44,6 +47,7 @@ class FleetLoop(Generic[UnitT]):
         notify: OnEvent,
         on_done: Callable[[UnitT, Any], dict[str, Any]],
         why_waiting: Callable[[], str] = lambda: "",
+        hopeless: Callable[[ReplicaKind], bool] = lambda kind: False,
     ) -> None:
         """Prepare; `run` works.
 
@@ -56,17 +60,20 @@ class FleetLoop(Generic[UnitT]):
             notify: takes the events.
             on_done: takes each unit and its receipt once; returns facts for its event.
             why_waiting: says what the cluster has, for replicas that wait long for resources.
+            hopeless: tells whether replicas of a kind can never be placed; asked while not one is.
         """
         self.dispatcher = Dispatcher(units, tokens_total, kinds, policy)
         self.failed_units: list[dict[str, Any]] = []
         self.replicas_lost = 0
         self.first_report: Any = None
         self._make, self._notify, self._on_done = make, notify, on_done
-        self._why_waiting = why_waiting
+        self._why_waiting, self._hopeless = why_waiting, hopeless
         self._replicas: dict[int, Replica[UnitT]] = {}
         self._given: dict[str, tuple[UnitT, int]] = {}
         self._placing: dict[int, tuple[ReplicaKind, float]] = {}
         self._inbox: SimpleQueue[News] = SimpleQueue()
+        self._noticed: set[int] = set()
+        """Replicas whose waiting has been reported."""
         self._status_at = 0.0
 
     @property
@@ -170,6 +177,7 @@ class FleetLoop(Generic[UnitT]):
 
     def _end(self, number: int) -> None:
         self._placing.pop(number, None)
+        self._noticed.discard(number)
         self._replicas.pop(number).kill()
 
     def _report(self) -> None:
@@ -178,11 +186,23 @@ class FleetLoop(Generic[UnitT]):
             return
         self._status_at = now
         self._notify({"event": "fleet", **self.dispatcher.status(now).to_json()})
-        late = [number for number, (_, asked_at) in self._placing.items() if now - asked_at > WAITING_NOTICE_S]
-        for number in late:
-            kind, _ = self._placing.pop(number)
+        if self._placing and len(self._placing) == len(self._replicas):
+            self._check_hope(now)
+        for number, (kind, asked_at) in self._placing.items():
+            if number in self._noticed or now - asked_at < WAITING_NOTICE_S:
+                continue
+            self._noticed.add(number)
             facts = {"replica": number, "needed": kind.needs, "why": self._why_waiting()}
             self._notify({"event": "waiting_for_resources", **facts})
+
+    def _check_hope(self, now: float) -> None:
+        """End the work when what waits for resources waits in vain, and there is nothing else."""
+        kind, asked_at = next(iter(self._placing.values()))
+        if now - asked_at > HOPE_S and self._hopeless(kind):
+            self.dispatcher.error = InputError(
+                f"a replica needs {kind.needs}, and no node type of the cluster can give that ({self._why_waiting()}); "
+                "add a node type that has it, raise the cluster's limit of nodes, or change teacher.ranks"
+            )
 
 
 def brief(error: BaseException) -> str:

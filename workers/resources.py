@@ -32,21 +32,56 @@ def cluster_shapes() -> list[NodeShape]:
     return nodes + [NodeShape(dict(group.resources), max(0, group.max_count)) for group in groups]
 
 
-def placement_strategy(bundle: Mapping[str, float], count: int, shapes: Sequence[NodeShape] | None = None) -> str:
+def placement_strategy(
+    bundle: Mapping[str, float], count: int, shapes: Sequence[NodeShape] | None = None, may_grow: bool = False
+) -> str:
     """Return STRICT_PACK where one node can hold all bundles of a replica, else PACK.
 
-    Raises InputError when the cluster can never hold them: waiting would be for nothing.
+    `may_grow` tells that an autoscaler may add nodes of types unknown here: then only it can say what is impossible,
+    see `autoscaler_refuses`. Raises InputError when the cluster can never hold them: waiting would be for nothing.
     """
     shapes = cluster_shapes() if shapes is None else shapes
     if any(shape.count and shape.holds(bundle) >= count for shape in shapes):
         return "STRICT_PACK"
-    if sum(shape.count * shape.holds(bundle) for shape in shapes) >= count:
+    if may_grow or sum(shape.count * shape.holds(bundle) for shape in shapes) >= count:
         return "PACK"
     have = "; ".join(sorted({f"{shape.count} × {_readable(shape.resources)}" for shape in shapes})) or "no node"
     raise InputError(
         f"a replica needs {describe(bundle, count)}, and the cluster can never give that: its nodes and node types are "
         f"{have}; add a node type that has it, or change teacher.ranks or cluster.device"
     )
+
+
+def autoscaler_refuses(bundle: Mapping[str, float]) -> bool:
+    """Tell whether Ray's autoscaler (v2) has found that it can add no node for bundles like this one.
+
+    It also says so while others fill the cluster up to its limit: then waiting is right, and this is false.
+    """
+    import ray
+
+    raylet: Any = ray._raylet
+    free, total = ray.available_resources(), ray.cluster_resources()
+    if any(free.get(name, 0.0) < total.get(name, 0.0) for name in bundle):
+        return False
+    store = raylet.GcsClient(ray.get_runtime_context().gcs_address)
+    return names_infeasible(store.get_cluster_status(timeout_s=5), bundle)
+
+
+def names_infeasible(reply: bytes, bundle: Mapping[str, float]) -> bool:
+    """Tell whether a serialised `GetClusterStatusReply` calls a placement group of such bundles infeasible."""
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+    status = GetClusterStatusReply.FromString(reply)
+    wanted = {name: amount for name, amount in bundle.items() if amount > 0}
+    for gang in status.autoscaling_state.infeasible_gang_resource_requests:
+        # Bundles lie in `bundle_selectors`; Rays before 2.50 put them into `requests`.
+        requests = [
+            *gang.requests,
+            *(request for choice in gang.bundle_selectors for request in choice.resource_requests),
+        ]
+        if any(dict(request.resources_bundle) == wanted for request in requests):
+            return True
+    return False
 
 
 def free_resources() -> str:

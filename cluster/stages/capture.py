@@ -111,6 +111,7 @@ def _score(work: Workspace, rows: Int64Array, task: Shown) -> dict[str, Any]:
         session.device,
         follower.on_event,
         config.cluster.price_per_hour,
+        may_grow=not session.local,
     )
     rates = {key: round(getattr(found, key), 4) for key in _RATES}
     return {

@@ -5,12 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ray.core.generated import autoscaler_pb2
 from safetensors.numpy import save_file
 
 from storage.errors import InputError
 from workers.config import ReplicasConfig, TeacherConfig
 from workers.local.fit import check_fit, host_free_bytes, memory_need
-from workers.resources import NodeShape, describe, placement_strategy
+from workers.meter import FleetMeter
+from workers.metrics import FleetMetrics
+from workers.resources import NodeShape, describe, names_infeasible, placement_strategy
 
 GIB = 2**30
 
@@ -78,6 +81,29 @@ def test_what_no_node_can_give_is_said_at_once() -> None:
     with pytest.raises(InputError, match="can never give that"):
         placement_strategy(GPU_RANK, 1, [NodeShape({"CPU": 4.0, "GPU": 1.0}, 0)])
     assert describe({"CPU": 1.0}, 2) == "2 × {CPU: 1}"
+
+
+def test_a_cluster_that_may_grow_is_asked_instead_of_refused() -> None:
+    assert placement_strategy(GPU_RANK, 4, [NodeShape({"CPU": 8.0}, 1)], may_grow=True) == "PACK"
+
+
+def test_the_autoscalers_verdict_counts_for_the_same_bundle_only() -> None:
+    reply = autoscaler_pb2.GetClusterStatusReply()
+    gang = reply.autoscaling_state.infeasible_gang_resource_requests.add()
+    assert not names_infeasible(reply.SerializeToString(), GPU_RANK)
+    request = gang.bundle_selectors.add().resource_requests.add()
+    request.resources_bundle.update({"CPU": 1.0, "GPU": 1.0})
+    assert names_infeasible(reply.SerializeToString(), GPU_RANK)
+    assert names_infeasible(reply.SerializeToString(), {**GPU_RANK, "TPU": 0.0})
+    assert not names_infeasible(reply.SerializeToString(), {"CPU": 1.0})
+
+
+def test_every_figure_of_the_fleet_is_a_gauge() -> None:
+    status = FleetMeter(units_total=3, tokens_total=30).status(in_flight=1, now=0.0).to_json()
+    metrics = FleetMetrics()
+    metrics.take({"event": "unit_done"})
+    metrics.take({"event": "fleet", **status})
+    assert set(metrics._gauges) == set(status) - {"replicas", "seconds_left"}
 
 
 def test_replicas_are_a_number_or_a_range() -> None:

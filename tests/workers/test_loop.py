@@ -190,6 +190,25 @@ def test_a_hung_replica_is_replaced(tiny_run: TinyRun) -> None:
     assert lost or [event for event in events if event["event"] == "unit_duplicated"]
 
 
+def test_waiting_in_vain_ends_with_a_clear_error(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.loop.HOPE_S", 0.5)
+    monkeypatch.setattr("workers.loop.STATUS_S", 0.1)
+    monkeypatch.setattr("workers.loop.WAITING_NOTICE_S", 0.2)
+    work = world(tiny_run, "loop-hopeless")
+
+    class Pending(ThreadReplica):
+        def start(self) -> None:
+            self.world.started += 1
+
+    fleet, events = loop(work, plan(work))
+    fleet._make = lambda number, kind, post: Pending(work, number, post)
+    fleet._hopeless = lambda kind: kind.name == "thread"
+    with pytest.raises(InputError, match="a replica needs nothing, and no node type of the cluster can give that"):
+        fleet.run()
+    assert work.started == work.killed == 3
+    assert sum(event["event"] == "waiting_for_resources" for event in events) == 3, "each is told once"
+
+
 @pytest.mark.parametrize("error", [InputError("no layer 'x'"), StorageError("disk full")])
 def test_what_cannot_help_ends_the_work_with_its_error(tiny_run: TinyRun, error: Exception) -> None:
     work = world(tiny_run, f"loop-{type(error).__name__}")
