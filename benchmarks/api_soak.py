@@ -83,11 +83,12 @@ def trial(number: int, source: random.Random) -> dict[str, Any]:
     """Run one trial and return what both sides counted."""
     drivers = 2 if number % 4 == 3 else 1
     worst = Prices(PRICES).worst(PROMPT_WORDS, MAX_TOKENS)
-    reserved = source.randint(350, 700)
-    cap = Caps(money=reserved * worst.money)
-    caps = (NO_CAPS, cap) if drivers == 2 else (cap, NO_CAPS)
     concurrency = source.choice([16, 64, 256, 256])
     kills = source.randint(1, 3)
+    # Each kill may cost all that is in flight: what is left must still be work.
+    reserved = source.randint(150, 350) + drivers * kills * concurrency
+    cap = Caps(money=reserved * worst.money)
+    caps = (NO_CAPS, cap) if drivers == 2 else (cap, NO_CAPS)
     began = time.monotonic()
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -104,15 +105,15 @@ def trial(number: int, source: random.Random) -> dict[str, Any]:
                 arguments = (folder, f"run{driver}", server.url, caps, (driver * 10_000, 3 * reserved), concurrency)
                 process = multiprocessing.get_context("fork").Process(target=drive, args=arguments)
                 process.start()
-                running[driver] = (process, time.monotonic() + source.uniform(0.3, 4.0))
+                running[driver] = (process, segments(folder) + source.randint(1, 10))
             time.sleep(0.02)
-            for driver, (process, deadline) in list(running.items()):
+            for driver, (process, target) in list(running.items()):
                 if not process.is_alive():
                     if process.exitcode not in (ENDED, CAPPED):
                         raise SystemExit(f"trial {number}: a run ended with exit code {process.exitcode}")
                     del running[driver]
                     left.pop(driver)
-                elif left[driver] and time.monotonic() > deadline:
+                elif left[driver] and segments(folder) >= target:
                     os.kill(process.pid, signal.SIGKILL)
                     process.join()
                     killed += 1
@@ -124,6 +125,12 @@ def trial(number: int, source: random.Random) -> dict[str, Any]:
         "trial": number, "runs": drivers, "concurrency": concurrency, "killed": killed,
         "seconds": round(time.monotonic() - began, 1), "most_in_flight": stats["most_in_flight"], **facts,
     }  # fmt: skip
+
+
+def segments(folder: str) -> int:
+    """Return how many objects hold answers: kills come while answers do."""
+    path = Path(folder) / "answers"
+    return len(list(path.glob("*.gz"))) if path.is_dir() else 0
 
 
 def compare(folder: str, stats: Any, cap: Caps) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 from cluster.config import RunConfig
 from cluster.rundir import METRICS_KEY, RESOLVED_KEY, RunDir
 from cluster.sample_view import SampleView, view_sample
+from cluster.stages.ledger import spent_by
 from storage.columns import column_bytes
 from storage.parts import TargetReader
 from storage.reader import Dataset
@@ -159,7 +160,16 @@ def _train(student: dict[str, Any], mixture: list[dict[str, Any]]) -> dict[str, 
 
 
 def _cost(config: RunConfig, run: RunDir) -> dict[str, Any]:
-    """A local teacher costs the time that machines ran, at the price per hour of the config."""
+    """A teacher behind an API costs what its ledger says; a local one the time that machines ran, at their price."""
+    if config.teacher.kind == "api":
+        totals = spent_by(config, run)
+        spent_api = (totals.settled + totals.unknown).currency
+        return {
+            "currency": config.budget.currency,
+            "spent": spent_api,
+            "reserved": totals.reserved.currency,
+            "cap": config.budget.cap,
+        }
     hours = sum(stage_seconds(run).values()) / 3600
     spent = round(hours * config.cluster.price_per_hour, 6)
     return {"currency": config.budget.currency, "spent": spent, "reserved": 0.0, "cap": config.budget.cap}

@@ -62,6 +62,14 @@ def settle(config: RunConfig, run: RunDir, invoice: float, tokens: int | None) -
     return account(config, run)
 
 
+def spent_by(config: RunConfig, run: RunDir) -> RunTotals:
+    """Return what a run came to; nothing where there is no ledger."""
+    store = ledger_store(config)
+    if not store.list(PREFIX):
+        return RunTotals()
+    return Journal(store, config.budget.currency).account.totals(budget_of(config, run).run)
+
+
 def _open(config: RunConfig) -> Journal:
     store = ledger_store(config)
     if not store.list(PREFIX):

@@ -6,6 +6,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from cluster.report.data import _cost
 from cluster.rundir import RunDir
 from cluster.stages.ledger import budget_of, ledger_store
 from tests.cluster.conftest import World
@@ -52,6 +53,15 @@ def test_shows_and_corrects_what_is_unknown(world: World) -> None:
     assert (after["used"], after["unknown"], after["reserved"], after["tokens"]) == (2.5, 0.0, 0.0, 900)
     again = lectern("ledger", "settle", config, *run_dir, "--invoice", "2.5")
     assert "nothing unknown" in again.stderr
+
+
+def test_the_report_takes_the_cost_from_the_ledger(world: World) -> None:
+    world.values["teacher"] |= {"kind": "api"}
+    world.values["budget"] = {"cap": 10}
+    run = RunDir(world.run_dir)
+    assert _cost(world.config, run) == {"currency": "USD", "spent": 0.0, "reserved": 0.0, "cap": 10.0}
+    spend(world)
+    assert _cost(world.config, run) == {"currency": "USD", "spent": 5.0, "reserved": 2.0, "cap": 10.0}
 
 
 def test_bad_words_are_told(world: World) -> None:

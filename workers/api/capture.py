@@ -10,9 +10,9 @@ import ray
 from storage.config import CacheConfig
 from storage.errors import LecternError, WorkerError
 from storage.identity import DatasetIdentity
-from storage.reader import Dataset
 from storage.sample_set import SampleSet
 from storage.samples import Int64Array
+from storage.union import DatasetUnion, dataset_urls
 from storage.writer import DatasetWriter
 from workers.api.actor import ApiJob, ApiReceipt, ApiScorer, LedgerOwner
 from workers.api.scoring import ScoringMethod, text_targets
@@ -127,8 +127,8 @@ def capture_api(
         StorageError: the dataset's or the ledger's store failed.
         WorkerError: no replica could be started.
     """
-    DatasetWriter.create(cache.url, identity)
-    missing = missing_rows(samples, rows, Dataset.open(cache.url, identity))
+    DatasetWriter.create(cache.url, identity, codec=cache.codec)
+    missing = missing_rows(samples, rows, DatasetUnion.open(dataset_urls(cache), identity))
     units = plan_units(missing, samples.num_tokens, samples.sample_ids, identity.fingerprint, cache.unit_tokens, rows)
     result = ApiCaptureResult(reused_samples=len(rows) - len(missing))
     facts = {"units": len(units), "samples": len(missing), "tokens": units.tokens}
@@ -178,8 +178,8 @@ def keep_text(
     cache: CacheConfig, samples: SampleSet, rows: Sequence[int] | Int64Array, identity: DatasetIdentity
 ) -> ApiCaptureResult:
     """Commit the samples at `rows` that the dataset lacks with kind `text`; asks nobody anything."""
-    writer = DatasetWriter.create(cache.url, identity)
-    missing = missing_rows(samples, rows, Dataset.open(cache.url, identity))
+    writer = DatasetWriter.create(cache.url, identity, codec=cache.codec)
+    missing = missing_rows(samples, rows, DatasetUnion.open(dataset_urls(cache), identity))
     units = plan_units(missing, samples.num_tokens, samples.sample_ids, identity.fingerprint, cache.unit_tokens, rows)
     result = ApiCaptureResult(reused_samples=len(rows) - len(missing))
     for unit in units:
