@@ -16,7 +16,6 @@ from storage.heads import full_logprobs, load_head
 from storage.hidden import states_tensor
 from storage.identity import DatasetIdentity
 from storage.object_store import Store
-from storage.projection import load_projection
 from storage.reader import Dataset
 from storage.targets import TargetBatch
 from storage.verify import verify_dataset
@@ -25,7 +24,6 @@ from tests.workers.conftest import TinyRun
 from workers.config import TeacherConfig
 from workers.coordinator import CaptureResult, capture
 from workers.model_folder import teacher_identity
-from workers.projection import fit_teacher_projection
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
@@ -99,14 +97,13 @@ def test_float32_targets_match_plain_transformers(
     assert (again.scored_samples, again.reused_samples) == (0, tiny_run.samples.num_samples)
 
 
-@pytest.mark.parametrize("sharding", ["tensor_parallel", "zero3"])
-def test_attention_states_and_head_of_two_ranks_are_those_of_one(tiny_run: TinyRun, sharding: str) -> None:
+def test_attention_states_and_head_of_two_ranks_are_those_of_one(tiny_run: TinyRun) -> None:
     folder = tiny_run.model("qwen2", 256)
     found = []
-    for how, ranks in (("none", 1), (sharding, 2)):
+    for how, ranks in (("none", 1), ("tensor_parallel", 2)):
         teacher = TeacherConfig(name=str(folder), dtype="float32", sharding=how, ranks=ranks, batch_tokens=512)
         kept = {"hidden": ["final"], "hidden_dtype": "float32", "hidden_every": 4, "attention": ["model.layers.1"]}
-        cache = tiny_run.cache(f"attention-{sharding}-{ranks}", **kept)
+        cache = tiny_run.cache(f"attention-{ranks}", **kept)
         _, identity = run_capture(tiny_run, folder, teacher, cache)
         assert verify_dataset(cache.url).ok
         found.append(stored(tiny_run, cache, identity))
@@ -120,33 +117,6 @@ def test_attention_states_and_head_of_two_ranks_are_those_of_one(tiny_run: TinyR
     for targets in found:
         [logprobs] = full_logprobs(states_tensor(targets.hidden["final"]), head)
         np.testing.assert_allclose(logprobs.numpy(), expected, atol=2e-4)
-
-
-def test_states_are_projected_by_a_projection_fitted_first(tiny_run: TinyRun) -> None:
-    folder = tiny_run.model("qwen2", 64)
-    teacher = TeacherConfig(name=str(folder), dtype="float32", sharding="none")
-    whole = tiny_run.cache("whole", hidden=["final"], hidden_dtype="float32")
-    _, identity = run_capture(tiny_run, folder, teacher, whole)
-    states = stored(tiny_run, whole, identity).hidden["final"]
-    cache = tiny_run.cache("projected", hidden=["final"], hidden_dtype="float32", hidden_projection=24)
-    asked = teacher_identity(folder, teacher, cache, tiny_run.tokenizer, uses_chat_template=False)
-    rows = tiny_run.samples.rows()
-    fitted = fit_teacher_projection(teacher, cache, folder, tiny_run.samples, rows, asked)
-    again = fit_teacher_projection(teacher, cache, folder, tiny_run.samples, rows[::-1], asked)
-    assert fitted.fingerprint == again.fingerprint != asked.fingerprint
-    capture(teacher, cache, folder, tiny_run.samples, rows, fitted)
-    assert teacher_identity(folder, teacher, cache, tiny_run.tokenizer, False).fingerprint == fitted.fingerprint
-    store = Store(cache.url)
-    assert not store.list("projections/fit") and len(store.list("projections/")) == 1
-    assert fitted.capture.projection is not None
-    projection = load_projection(store, fitted.capture.projection)
-    found = projection.restore("final", stored(tiny_run, cache, fitted).hidden["final"])
-    centred = states - projection.mean["final"]
-    lost = float(((found - states) ** 2).sum() / (centred**2).sum())
-    assert 0 < lost < 0.7 and lost == pytest.approx(projection.loss["final"], rel=0.2)
-    assert verify_dataset(cache.url).ok
-    store.delete(store.list("projections/")[0])
-    assert "is missing; without it the hidden states cannot be read" in verify_dataset(cache.url).problems[0]
 
 
 def test_bfloat16_targets_stay_close(tiny_run: TinyRun) -> None:
