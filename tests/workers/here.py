@@ -7,11 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from storage.config import CacheConfig
+from storage.heads import FINAL, save_head
 from storage.identity import DatasetIdentity
 from storage.sample_set import SampleSet
 from storage.writer import DatasetWriter
 from workers.config import TeacherConfig
 from workers.coordinator import CaptureResult
+from workers.local.head import output_head
 from workers.local.rank import CaptureJob, scoring_settings
 from workers.local.scoring import merge_parts, score_part
 
@@ -28,6 +30,8 @@ def capture_here(
     """Score all rows as one rank does, without Ray."""
     writer = DatasetWriter.create(cache.url, identity)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, teacher.dtype)).eval()
+    if FINAL in identity.capture.hidden:
+        save_head(writer.store, output_head(model, identity.tokenizer.vocab_size), identity.fingerprint)
     settings = scoring_settings(CaptureJob(teacher, folder, samples.url, cache.url, identity))
     batch = samples.read(rows)
     part = score_part(model, batch, settings, 0, 1, torch.device("cpu"))
