@@ -118,7 +118,8 @@ def write_all(url: str, writer_number: int, num_units: int, go: Any, out: Any) -
 
 def timed_race(url: str, num_writers: int, num_units: int) -> tuple[float, list[int]]:
     """Let writers commit the same units at once; return seconds and what each has won."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["storage.writer", "s3fs", "numpy"])
     go, out = context.Event(), context.Queue()
     DatasetWriter.create(url, identity())
     workers = [context.Process(target=write_all, args=(url, n, num_units, go, out)) for n in range(num_writers)]
@@ -231,9 +232,9 @@ def measure_faults(options: argparse.Namespace) -> None:
             live(Store(url), units, attempt=2)
             wrong += wrong_rows(str(url), units)
         tell("faults", kind="process ends at a step", steps=steps, trials=len(ended), wrong_or_missing=len(wrong))
-        num_faults = 0
+        num_faults = num_folder = 0
         with patch("storage.object_store.wait_random_exponential", lambda **_: lambda _state: 0.0):
-            for trial in range(options.trials):
+            for trial in within(options):
                 url, rng, stores = Path(folder) / f"race{trial}", random.Random(trial), []
                 DatasetWriter.create(str(url), identity())
 
@@ -244,7 +245,8 @@ def measure_faults(options: argparse.Namespace) -> None:
                 race(make, units, rng)
                 num_faults += sum(store._backend.num_faults for store in stores)
                 wrong += wrong_rows(str(url), units)
-        tell("faults", kind="requests to a folder", rate=options.rate, trials=options.trials, faults=num_faults,
+                num_folder = trial + 1
+        tell("faults", kind="requests to a folder", rate=options.rate, trials=num_folder, faults=num_faults,
              wrong_or_missing=len(wrong))  # fmt: skip
     num_faults = 0
     with s3_server() as endpoint:
@@ -258,7 +260,7 @@ def measure_faults(options: argparse.Namespace) -> None:
             wrong += wrong_rows(url, units)
     tell("faults", kind="requests over HTTP: 500, 503, short body, lost reply, hang-up", rate=options.rate,
          trials=options.http_trials, faults=num_faults, wrong_or_missing=len(wrong))  # fmt: skip
-    tell("faults", kind="all", trials=len(ended) + options.trials + options.http_trials, wrong_or_missing=len(wrong),
+    tell("faults", kind="all", trials=len(ended) + num_folder + options.http_trials, wrong_or_missing=len(wrong),
          first=wrong[:3])  # fmt: skip
 
 
@@ -269,13 +271,22 @@ def measure_damage(options: argparse.Namespace) -> None:
         truth = rows_of(sound)
         outcomes: Counter[str] = Counter()
         kinds: Counter[str] = Counter()
-        for trial in range(options.damages):
+        for trial in within(options, options.damages):
             what, outcome, verified = damage_trial(sound, Path(folder) / "copy", truth, trial)
             outcomes[f"reader_{outcome}"] += 1
             outcomes["verify_found"] += verified
             kinds[what.split()[0]] += 1
     missed = {"reader_wrong": 0, **outcomes}
-    tell("damage", trials=options.damages, **missed, kinds=dict(kinds))
+    tell("damage", trials=sum(kinds.values()), **missed, kinds=dict(kinds))
+
+
+def within(options: argparse.Namespace, most: int | None = None) -> Iterator[int]:
+    """Yield 0, 1, …: so many trials as were asked for, as far as the time goes."""
+    start = time.monotonic()
+    for trial in range(options.trials if most is None else most):
+        if trial and time.monotonic() - start > options.seconds:
+            return
+        yield trial
 
 
 def tell(benchmark: str, **figures: Any) -> None:
@@ -296,6 +307,7 @@ def main() -> None:
     parser.add_argument("--http-trials", type=int, default=60, help="races over HTTP under faults")
     parser.add_argument("--rate", type=float, default=0.2, help="share of the requests that fail")
     parser.add_argument("--damages", type=int, default=1000)
+    parser.add_argument("--seconds", type=float, default=600.0, help="no further trial begins after this time")
     parser.add_argument("--shards", type=int, default=100_000)
     parser.add_argument("--samples", type=int, default=64, help="samples of a shard")
     options = parser.parse_args()
