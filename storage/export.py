@@ -45,6 +45,8 @@ def export_dataset(dataset: Dataset, url: str, on_progress: Callable[[int, int],
     writer = DatasetWriter.create(url, info.identity, info.tokenizer.padded_vocab_size)
     if writer.store.url == dataset.store.url:
         raise InputError(f"--to {writer.store.shown()} is the dataset itself; name another URL")
+    if writer.info.codec != "plain":
+        raise InputError(f"--to {writer.store.shown()} holds a dataset of codec {writer.info.codec}; name another URL")
     for key in (key for prefix in _ASIDE for key in dataset.store.list(prefix)):
         writer.store.create(key, dataset.store.read(key))
     result = ExportResult(writer.store.shown())

@@ -12,6 +12,7 @@ import yaml
 
 from storage.card import CARD_KEY, render_card, write_card
 from storage.columns import column_bytes, column_note
+from storage.config import Codec
 from storage.errors import IdentityError, InputError
 from storage.export import export_dataset
 from storage.heads import Head, load_head, save_head
@@ -28,9 +29,9 @@ MakeUnit = Callable[..., Unit]
 SameUnit = Callable[[Unit, Unit], None]
 
 
-def write(url: str, identity: DatasetIdentity, make_unit: MakeUnit) -> Dataset:
+def write(url: str, identity: DatasetIdentity, make_unit: MakeUnit, codec: Codec = "plain") -> Dataset:
     """Make a dataset of three units of which the last repeats three samples of the first; with its head."""
-    writer = DatasetWriter.create(url, identity, padded_vocab_size=512)
+    writer = DatasetWriter.create(url, identity, 512, codec)
     first, second = make_unit(identity, 6, 0), make_unit(identity, 5, 1)
     writer.commit("u0", *first, attempt=1)
     writer.commit("u1", *second, attempt=1)
@@ -42,12 +43,19 @@ def write(url: str, identity: DatasetIdentity, make_unit: MakeUnit) -> Dataset:
     return Dataset.open(url)
 
 
-@pytest.mark.parametrize("kind", ["topk", "hybrid", "sampled", "text"])
+@pytest.mark.parametrize(
+    "kind,codec", [("topk", "plain"), ("hybrid", "compact"), ("sampled", "compact"), ("text", "plain")]
+)
 def test_a_copy_holds_every_sample_once_and_is_sound(
-    tmp_path: Path, kind: str, make_identity: MakeIdentity, make_unit: MakeUnit, assert_same_unit: SameUnit
+    tmp_path: Path,
+    kind: str,
+    codec: Codec,
+    make_identity: MakeIdentity,
+    make_unit: MakeUnit,
+    assert_same_unit: SameUnit,
 ) -> None:
-    source = write(str(tmp_path / "a"), make_identity(kind, hidden=["final"]), make_unit)
-    assert source.catalog.num_duplicates == 3
+    source = write(str(tmp_path / "a"), make_identity(kind, hidden=["final"]), make_unit, codec)
+    assert source.info.codec == codec and source.catalog.num_duplicates == 3
     found = export_dataset(source, str(tmp_path / "b"))
     copy = Dataset.open(str(tmp_path / "b"), source.identity)
     assert (found.samples, found.units, found.new_units) == (15, 3, 3)
@@ -79,6 +87,10 @@ def test_an_export_that_was_cut_off_goes_on_and_never_mixes(
         export_dataset(source, target, stop)
     found = export_dataset(source, target)
     assert (found.units, found.new_units, found.samples) == (3, 1, 15)
+    packed = write(str(tmp_path / "packed"), source.identity, make_unit, "compact")
+    with pytest.raises(InputError, match="holds a dataset of codec compact"):
+        export_dataset(source, packed.store.url)
+    assert "`lectern export` gives a copy in plain Parquet" in render_card(packed)
     with pytest.raises(InputError, match="is the dataset itself"):
         export_dataset(source, str(tmp_path / "a"))
     other = write(str(tmp_path / "c"), make_identity(top_k=7), make_unit)
