@@ -94,16 +94,15 @@ def simulate(regime: str, windows: int) -> Iterator[Tensor]:
 
 def simulated(regime: str, windows: int) -> tuple[SampleBatch, TargetBatch, int, Errors]:
     """Return simulated samples with drawn targets, the number of draws and the errors."""
-    errors = Errors()
-    for n, logits in enumerate(simulate(regime, windows)):
-        errors.add(logits[:: 8 if n else 4].softmax(1))
-        if errors.positions >= 256:
-            break
-    draws = errors.draws()
+    errors, draws = Errors(), 0
     samples, parts = [], []
     generator = torch.Generator().manual_seed(1)
     for logits in simulate(regime, windows):
-        truth = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+        probability = logits.softmax(1)
+        if not draws:
+            errors.add(probability)
+            draws = errors.draws()
+        truth = torch.multinomial(probability, 1, generator=generator)[:, 0]
         tokens = np.concatenate([[0], truth.numpy()]).astype(np.int32)
         sample = Sample("general", tokens, np.arange(WINDOW) > 0, np.zeros(WINDOW, dtype=np.int16))
         samples.append(sample)

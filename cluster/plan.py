@@ -33,6 +33,8 @@ LOGPROB_BYTES = 1.55
 """Compressed bytes of one stored log-probability, as measured on English and Python text."""
 ID_BYTES_PER_BIT = 0.1
 """Compressed bytes of one stored token id, per bit of the vocabulary's size; likewise."""
+COMPACT_ENTRY_BYTES = {"sampled": 1.4, "topk": 2.1, "hybrid": 2.1}
+"""Packed bytes of an entry with codec `compact`."""
 SAMPLED_DRAWS_BYTES = 0.3
 """Compressed bytes of how often an entry was drawn (kind `sampled`, which keeps no log-probability); likewise."""
 POSITION_BYTES = 2.8
@@ -197,6 +199,8 @@ def _estimate(config: RunConfig, tokenizer: Tokenizer) -> float:
     entries = kept.get(cache.kind, 0)
     entry_bytes = ID_BYTES_PER_BIT * math.log2(tokenizer.vocab_size)
     entry_bytes += SAMPLED_DRAWS_BYTES if cache.kind == "sampled" else LOGPROB_BYTES
+    if cache.codec == "compact":
+        entry_bytes = COMPACT_ENTRY_BYTES.get(cache.kind, 0.0)
     hidden_bytes = 2.0 * _hidden_width(config) * len(set(cache.hidden)) if cache.hidden else 0.0
     return POSITION_BYTES + entry_bytes * min(entries, tokenizer.vocab_size) + hidden_bytes
 

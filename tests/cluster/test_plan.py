@@ -49,6 +49,9 @@ def test_more_entries_and_hidden_states_take_more_bytes(world: World) -> None:
         world.values["cache"].update(cache)
         return make_plan(world.config, RunDir(world.run_dir)).bytes_per_token
 
+    assert assumed(codec="compact") < assumed(codec="plain")
+    assert assumed(kind="sampled") < assumed(kind="hybrid")
+    assumed(kind="topk")
     assert assumed(top_k=4) < assumed(top_k=12) < assumed(kind="hybrid", draws=6)
     world.values["teacher"] = {"embedded": {"vocab_size": 400, "hidden_size": 32}}
     assert assumed(hidden=["final"]) == pytest.approx(assumed(hidden=[]) + 64, abs=0.1)
