@@ -170,3 +170,28 @@ def test_the_key_is_nowhere(ready: World, server: Endpoint) -> None:
     assert KEY not in shown
     assert not [file for file in files if KEY.encode() in file.read_bytes()]
     assert not [file for file in files if KEY.encode()[4:] in file.read_bytes()]
+
+
+def test_plan_tells_the_cost_and_asks_nothing(ready: World, server: Endpoint) -> None:
+    before = server.stats()["billed"]
+    ready.values["teacher"]["name"] = str(ready.teacher)
+    ready.values["teacher"]["dtype"] = "bfloat16"
+    ended = lectern(ready, "--json", command="plan")
+    assert ended.exit_code == 0, ended.output
+    api = json.loads(ended.stdout.splitlines()[-1])["api"]
+    part = api["parts"]["generate"]
+    assert (part["requests"], part["reused"]) == (40, 0)
+    assert part["worst"] > part["expected"] > 0
+    assert api["parts"]["capture"]["requests"] > 20
+    assert api["worst"] == pytest.approx(part["worst"] + api["parts"]["capture"]["worst"], abs=1e-6)
+    # Where the sources are what will be written, its cost is all that can be told.
+    sources = ready.values["data"]["sources"]
+    ready.values["data"]["sources"] = [{"name": "made", "path": str(ready.folder / "made" / "kept-*.parquet")}]
+    ended = lectern(ready, command="plan")
+    assert ended.exit_code == 0, ended.output
+    assert "wait for the completions" in ended.stdout
+    assert server.stats()["billed"] == before
+    ready.values["data"]["sources"] = sources
+    lectern(ready)
+    part = json.loads(lectern(ready, "--json", command="plan").stdout.splitlines()[-1])["api"]["parts"]["generate"]
+    assert (part["requests"], part["reused"]) == (0, 40)
