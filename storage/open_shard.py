@@ -121,13 +121,22 @@ def join(runs: Sequence[Run]) -> Shard:
 
 def _cuts(runs: Sequence[Run]) -> tuple[dict[str, list[slice]], dict[str, Int64Array]]:
     """Return what the rows of each run own of every kind of column, and the offsets of all rows together."""
+    targets = runs[0].shard.targets
+    unused = {"states": not targets.hidden, "weights": not targets.attention}
     cuts = {"rows": [slice(run.first, run.last) for run in runs]}
     offsets = {}
     for level in BOUNDS:
-        own = [run.shard.bounds[level][run.first : run.last + 1] for run in runs]
-        cuts[level] = [slice(int(bounds[0]), int(bounds[-1])) for bounds in own]
+        if unused.get(level):
+            continue
+        bounds = [run.shard.bounds[level] for run in runs]
+        ends = [(int(b[run.first]), int(b[run.last])) for b, run in zip(bounds, runs, strict=True)]
+        cuts[level] = [slice(*pair) for pair in ends]
         if level in {"tokens", "positions"}:
-            offsets[level] = offsets_of(np.concatenate([np.diff(bounds) for bounds in own]))
+            lengths = [
+                np.diff(b[run.first : run.last + 1]) if run.last - run.first > 1 else (pair[1] - pair[0],)
+                for b, run, pair in zip(bounds, runs, ends, strict=True)
+            ]
+            offsets[level] = offsets_of(np.concatenate(lengths))
     return cuts, offsets
 
 

@@ -1,10 +1,12 @@
 """What a reader of one or of several datasets hands over: the asked samples, by the dataset that serves them."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from storage.catalog import SampleIds
 from storage.identity import CaptureIdentity, DatasetIdentity
+from storage.open_shard import OpenShard, Run, join
 from storage.samples import Int64Array, SampleBatch
 from storage.targets import TargetBatch
 
@@ -19,10 +21,13 @@ class Part:
     samples: SampleBatch  # N
     targets: TargetBatch  # N
 
-    def take(self, rows: Int64Array) -> "Part":
-        """Return the samples at `rows` of this part."""
-        picked = rows.tolist()
-        return Part(self.capture, self.asked[rows], self.samples.take(picked), self.targets.take(picked))
+    def between(self, first: int, last: int) -> "Part":
+        """Return samples `first` to `last` of this part, without an index over their entries."""
+        return Part(self.capture, self.asked[first:last], *join([Run(self._open, first, last)]))
+
+    @cached_property
+    def _open(self) -> OpenShard:
+        return OpenShard.of((self.samples, self.targets))
 
 
 class TargetReader(Protocol):

@@ -218,7 +218,7 @@ def _batches(
         for part in dataset.parts(list(ids)):
             size = max(1, min(most_tokens, BATCH_TOKENS) // int(part.samples.lengths().max()))
             for first in range(0, len(part.samples), size):
-                yield source, part.take(np.arange(first, min(first + size, len(part.samples))))
+                yield source, part.between(first, min(first + size, len(part.samples)))
 
 
 def _load(folder: str | Path, device: str) -> Any:

@@ -19,8 +19,10 @@ from trainer.batches import Batch, join_batches, make_batch, take_microbatches
 from trainer.config import TrainConfig
 from trainer.sampler import PlannedOrder, rank_slice
 
-READ_AHEAD = 2
-"""Steps that are read and laid out before they are asked for."""
+READ_AHEAD = 4
+"""Steps that are read and laid out before they are asked for…"""
+THREADS = 2
+"""…by this many threads, so that one slow read does not hold up the step after it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,14 +39,14 @@ class Feed:
     """Gives the steps of one rank in order; use as a context manager."""
 
     def __init__(self, load: Callable[[int], StepData], first_step: int, last_step: int) -> None:
-        """Read steps `first_step` to `last_step` with `load`, in one thread."""
+        """Read steps `first_step` to `last_step` with `load`, called in several threads at once."""
         self.waited_s = 0.0
         """Seconds that `next` has waited for data so far."""
         self._load = load
         self._next = first_step
         self._last = last_step
         self._ahead: deque[Future[StepData]] = deque()
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lectern-feed")
+        self._pool = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="lectern-feed")
 
     def __enter__(self) -> Self:
         self._fill()
@@ -100,7 +102,7 @@ def _microbatch(parts: Sequence[Part], rows: range, layers: tuple[str, ...]) -> 
     for part in parts:
         first, last = np.searchsorted(part.asked, [rows.start, rows.stop])
         if first < last:
-            own = part.take(np.arange(first, last))
+            own = part.between(int(first), int(last))
             batches.append(make_batch(own.samples, own.targets, own.capture.kind, layers))
     return join_batches(batches)
 
