@@ -239,7 +239,9 @@ def _served(folder: Path, store: str) -> Iterator[str]:
         urlopen(Request(f"{endpoint}/bench", method="PUT")).close()
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             key = file.relative_to(folder).as_posix()
-            urlopen(Request(f"{endpoint}/bench/{key}", data=file.read_bytes(), method="PUT")).close()
+            # Without a type of its own the server would parse the bytes as a form.
+            plain = {"Content-Type": "application/octet-stream"}
+            urlopen(Request(f"{endpoint}/bench/{key}", file.read_bytes(), plain, method="PUT")).close()
         yield "s3://bench"
     finally:
         server.terminate()
