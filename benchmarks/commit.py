@@ -80,7 +80,7 @@ def s3_server() -> Iterator[str]:
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     try:
-        for _ in range(300):
+        for _ in range(1200):
             try:
                 urlopen(f"http://127.0.0.1:{port}/moto-api/").close()
                 break
@@ -245,7 +245,7 @@ def measure_faults(options: argparse.Namespace) -> None:
                 race(make, units, rng)
                 num_faults += sum(store._backend.num_faults for store in stores)
                 wrong += wrong_rows(str(url), units)
-                num_folder = trial + 1
+                num_folder += 1
         tell("faults", kind="requests to a folder", rate=options.rate, trials=num_folder, faults=num_faults,
              wrong_or_missing=len(wrong))  # fmt: skip
     num_faults = 0
@@ -281,10 +281,10 @@ def measure_damage(options: argparse.Namespace) -> None:
 
 
 def within(options: argparse.Namespace, most: int | None = None) -> Iterator[int]:
-    """Yield 0, 1, …: so many trials as were asked for, as far as the time goes."""
+    """Yield the seeds of so many trials as were asked for, as far as the time goes."""
     start = time.monotonic()
-    for trial in range(options.trials if most is None else most):
-        if trial and time.monotonic() - start > options.seconds:
+    for trial in range(options.first, options.first + (options.trials if most is None else most)):
+        if trial > options.first and time.monotonic() - start > options.seconds:
             return
         yield trial
 
@@ -307,6 +307,9 @@ def main() -> None:
     parser.add_argument("--http-trials", type=int, default=60, help="races over HTTP under faults")
     parser.add_argument("--rate", type=float, default=0.2, help="share of the requests that fail")
     parser.add_argument("--damages", type=int, default=1000)
+    parser.add_argument(
+        "--first", type=int, default=0, help="seed of the first trial, to go on where another run ended"
+    )
     parser.add_argument("--seconds", type=float, default=600.0, help="no further trial begins after this time")
     parser.add_argument("--shards", type=int, default=100_000)
     parser.add_argument("--samples", type=int, default=64, help="samples of a shard")
