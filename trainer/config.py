@@ -16,6 +16,8 @@ class StudentConfig(Settings):
     """transformers config of a fresh student, e.g. `{model_type: qwen2, hidden_size: 128, …}`."""
     seed: int = 0
     """Seed of a fresh student's weights."""
+    frozen: list[str] = Field(default_factory=list)
+    """Parameters that stay as they are, by patterns of their names, e.g. `model.embed_tokens.*`."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -39,15 +41,24 @@ class CurriculumConfig(Settings):
     """Where the ramp starts, as a fraction of the steps."""
     finish: float = Field(default=1.0, ge=0.0, le=1.0)
     """Where the ramp ends, as a fraction of the steps."""
+    table: dict[float, dict[str, float]] = Field(default_factory=dict)
+    """Shares at fractions of the steps, e.g. `{0: {general: 1}, 0.5: {general: 0.5, domain: 0.5}}`, evenly changing in
+    between and constant before and after; instead of `start` and `end`."""
     max_epochs: float | None = Field(default=None, gt=0)
     """Refuse a plan that passes over a source more often than this; none allows any number."""
 
     @model_validator(mode="after")
     def _shares_are_sane(self) -> Self:
-        for name, shares in (("start", self.start), ("end", self.end)):
+        rows = {"start": self.start, "end": self.end, **{f"table.{at:g}": row for at, row in self.table.items()}}
+        for name, shares in rows.items():
             bad = {k: v for k, v in shares.items() if v < 0}
             if bad or (shares and sum(shares.values()) <= 0):
                 raise ValueError(f"curriculum.{name}: {shares} must be non-negative shares with a positive sum")
+        if self.table and self.start:
+            raise ValueError("curriculum has both a table and start; give one of them")
+        empty = [at for at, row in self.table.items() if not row or not 0 <= at <= 1]
+        if empty:
+            raise ValueError(f"curriculum.table {empty[0]:g}: give shares at a fraction of the steps from 0 to 1")
         if self.finish < self.begin:
             raise ValueError(f"curriculum.finish {self.finish} lies before curriculum.begin {self.begin}")
         if self.end and not self.start:

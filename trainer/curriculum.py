@@ -16,24 +16,34 @@ def planned_shares(curriculum: CurriculumConfig, num_samples: Mapping[str, int],
     """Return the share of each source at each step, [steps, sources]; rows sum to 1.
 
     `num_samples` gives the training samples of each source and fixes the order of the columns. Shares move from
-    `start` at the fraction `begin` of the steps to `end` at the fraction `finish`; without `start` they follow the
-    number of samples.
+    `start` at the fraction `begin` of the steps to `end` at the fraction `finish`, or through the rows of `table`;
+    without both they follow the number of samples.
 
     Raises:
         InputError: the curriculum names a source that is not there, or one without training samples.
     """
     names = list(num_samples)
-    start = _row(curriculum.start or dict(num_samples), names, "start")
-    end = _row(curriculum.end, names, "end") if curriculum.end else start
     at = np.arange(steps, dtype=np.float64) / max(steps - 1, 1)
-    shares = start + ramp(curriculum.shape, curriculum.begin, curriculum.finish, at)[:, None] * (end - start)
+    if curriculum.table:
+        shares = _between(curriculum.table, names, at)
+    else:
+        start = _row(curriculum.start or dict(num_samples), names, "start")
+        end = _row(curriculum.end, names, "end") if curriculum.end else start
+        shares = start + ramp(curriculum.shape, curriculum.begin, curriculum.finish, at)[:, None] * (end - start)
     for column, name in enumerate(names):
         if num_samples[name] == 0 and shares[:, column].any():
             raise InputError(
                 f"the curriculum gives {name!r} a share, but it has no training samples; "
-                "add text to that source or take it out of curriculum.start and curriculum.end"
+                "add text to that source or take it out of the curriculum"
             )
     return shares
+
+
+def _between(table: Mapping[float, Mapping[str, float]], names: list[str], at: Float64Array) -> Float64Array:
+    """Return the table's shares at fractions `at` of the steps, linear between its rows, [len(at), sources]."""
+    knots = sorted(table)
+    rows = np.stack([_row(table[knot], names, f"table.{knot:g}") for knot in knots])
+    return np.stack([np.interp(at, knots, column) for column in rows.T], axis=1)
 
 
 def _row(shares: Mapping[str, float], names: list[str], field: str) -> Float64Array:

@@ -32,7 +32,7 @@ from trainer.losses.hidden import HiddenTransfer
 from trainer.metrics import MetricsLog
 from trainer.sampler import EMPTY_DIGEST, PlannedOrder, chain_digest
 from trainer.schedules import learning_rate
-from trainer.student import DistilModel, build_student, examine
+from trainer.student import DistilModel, build_student, examine, freeze
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ class _Rank:
 
     def _build(self) -> DistilModel:
         model = build_student(self.spec.student, self.spec.student_folder, self.spec.identity)
+        freeze(model, self.spec.student.frozen)
         if self.train.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         loss = self.train.loss

@@ -24,7 +24,7 @@ from trainer.ray_fit import fit
 from trainer.result import RESULT_FILE, TrainResult, mixture, recorded_result, require_same_config, run_facts
 from trainer.sampler import PlannedOrder
 from trainer.served import require_served
-from trainer.student import build_student, examine, resolve_student
+from trainer.student import build_student, examine, freeze, resolve_student
 
 _POLL_S = 0.5
 
@@ -86,7 +86,11 @@ def train_student(
     order = planned_order(samples, curriculum, train)
     dataset = DatasetUnion.open([dataset_url, *also], identity, reading)
     _check_dataset(dataset, order, train.loss)
-    _check_layers(student, folder, dataset, train)
+    _check_layers(dataset, train.loss)
+    if train.loss.transfers or student.frozen:
+        model = build_student(student, folder, identity)
+        freeze(model, student.frozen)
+        examine(model, list(train.loss.hidden_map.values()), train.zero_stage)
     store = Store(run_dir).child(f"checkpoints/{name}")
     resume, at = _resume_point(store, facts)
     spec = LoopSpec(
@@ -126,8 +130,8 @@ def _check_dataset(dataset: DatasetUnion, order: PlannedOrder, loss: LossConfig)
         )
 
 
-def _check_layers(student: StudentConfig, folder: str | None, dataset: DatasetUnion, train: TrainConfig) -> None:
-    if not train.loss.layers:
+def _check_layers(dataset: DatasetUnion, loss: LossConfig) -> None:
+    if not loss.layers:
         return
     identity = dataset.identity
     for other in dataset.datasets:
@@ -137,14 +141,13 @@ def _check_layers(student: StudentConfig, folder: str | None, dataset: DatasetUn
                 "of cache.also, or train without train.loss.hidden and train.loss.exact"
             )
         held = other.identity.capture.hidden
-        for layer in train.loss.layers:
+        for layer in loss.layers:
             if layer not in held:
                 raise InputError(
                     f"{other.store.shown()} holds no hidden states of layer {layer!r}; it holds "
                     f"{', '.join(held) or 'none'}. Name one of these in train.loss.hidden_map, or add the layer to "
                     "cache.hidden and capture again"
                 )
-    examine(build_student(student, folder, identity), list(train.loss.hidden_map.values()), train.zero_stage)
 
 
 def _resume_point(store: Store, facts: dict[str, Any]) -> tuple[str | None, int]:

@@ -1,8 +1,9 @@
 """Students: from a folder or a config to a model, and the module that turns a batch into a loss."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,6 +80,27 @@ def build_student(student: StudentConfig, folder: str | None, identity: DatasetI
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         except (ValueError, TypeError, ZeroDivisionError) as error:
             raise InputError(f"student.config does not make a causal language model: {error}") from error
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> int:
+    """Keep the parameters whose names match any pattern as they are; returns how many values that are.
+
+    Raises:
+        InputError: a pattern matches nothing, or nothing is left to train.
+    """
+    named = dict(model.named_parameters())
+    frozen: set[str] = set()
+    for pattern in patterns:
+        matched = [name for name in named if fnmatchcase(name, pattern)]
+        if not matched:
+            some = ", ".join(list(named)[:6])
+            raise InputError(f"student.frozen {pattern!r} matches no parameter of the student; its names are {some}, …")
+        frozen.update(matched)
+    if len(frozen) == len(named):
+        raise InputError(f"student.frozen {', '.join(patterns)} leaves nothing to train; name fewer modules")
+    for name in frozen:
+        named[name].requires_grad_(False)
+    return sum(named[name].numel() for name in frozen)
 
 
 @dataclass(frozen=True)
@@ -172,7 +194,7 @@ class DistilModel(nn.Module):
         self.at_step(0, 1)
 
     def at_step(self, step: int, steps: int) -> None:
-        """Set weights and temperature to those of step 0, 1, … of a run of `steps`."""
+        """Set weights and temperature to those of step 0, 1, … of a run of `steps`; learned weights stay."""
         self._weights = self._fixed(step, steps)
         self._temperature = value_at(self._loss.temperature, step, steps)
 
@@ -189,8 +211,10 @@ class DistilModel(nn.Module):
         Returns:
             A float32 scalar to differentiate, and the detached sums [cross-entropy, divergence, hidden], unweighted.
         """
+        learned: Tensor | None = None
         if self.balance is not None:
-            self._weights = self.balance.weights()
+            learned = self.balance()
+            self._weights = self.balance.weights(learned)
         with record_layers(self.model, self._layers) as seen:
             states = predictor_states(self.model, batch) if self.head_path != "model" else None
             total, each = self._head(batch, states)
@@ -204,8 +228,8 @@ class DistilModel(nn.Module):
             total = total + self._weights[2] * hidden
         divergence = each[1] if len(each) > 1 else each.new_zeros(())
         sums = torch.stack([each[0], divergence, hidden.detach()])
-        if self.balance is not None:
-            total = total + self.balance(sums, batch.num_supervised)
+        if self.balance is not None and learned is not None:
+            total = total + self.balance.rest(learned, sums, batch.num_supervised)
         return total, sums
 
     def _head(self, batch: Batch, states: Tensor | None) -> tuple[Tensor, Tensor]:

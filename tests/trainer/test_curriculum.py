@@ -46,6 +46,22 @@ def test_without_start_the_shares_follow_the_samples() -> None:
     np.testing.assert_allclose(shares(start={"domain": 2}), np.tile([0, 1], (11, 1)))
 
 
+def test_a_table_is_linear_between_its_rows() -> None:
+    table = {0.8: {"domain": 3, "general": 1}, 0.2: {"general": 2}, 0.6: {"general": 1, "domain": 1}}
+    domain = shares(table=table)[:, 1]
+    np.testing.assert_allclose(domain, [0, 0, 0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.75, 0.75])
+    with pytest.raises(InputError, match=r"curriculum.table.0.5 names 'code'; the sources are general, domain"):
+        shares(table={0.5: {"code": 1}})
+    for fields, message in (
+        ({"table": {1.5: {"general": 1}}}, "table 1.5: give shares at a fraction"),
+        ({"table": {0: {}}}, "table 0: give shares"),
+        ({"table": {0: {"general": -1}}}, "must be non-negative"),
+        ({"table": {0: {"general": 1}}, "start": {"general": 1}}, "both a table and start"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            CurriculumConfig.model_validate(fields)
+
+
 def test_unknown_and_empty_sources_are_refused() -> None:
     with pytest.raises(InputError, match=r"curriculum.start names 'code'; the sources are general, domain"):
         shares(start={"code": 1})

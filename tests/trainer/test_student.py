@@ -13,7 +13,7 @@ from trainer.batches import Batch, make_batch
 from trainer.config import LossConfig, StudentConfig
 from trainer.feed import channel_variance
 from trainer.losses.hidden import HiddenTransfer
-from trainer.student import DistilModel, build_student, examine, resolve_student
+from trainer.student import DistilModel, build_student, examine, freeze, resolve_student
 
 
 def fresh(run: TinyRun, **fields: object) -> nn.Module:
@@ -125,3 +125,18 @@ def test_splitting_a_batch_changes_neither_loss_nor_gradient(hidden_run: TinyRun
         gradients.append(torch.cat([p.grad.flatten() for p in module.parameters()]))
     for other in gradients[1:]:
         assert float((other - gradients[0]).norm() / gradients[0].norm()) < 1e-5
+
+
+def test_frozen_parameters_get_no_gradient_and_patterns_must_fit(hybrid_run: TinyRun) -> None:
+    model = fresh(hybrid_run, tie_word_embeddings=False)
+    before = sum(p.numel() for n, p in model.named_parameters() if "layers.0" in n or "lm_head" in n)
+    assert freeze(model, ["model.layers.0.*", "lm_head.weight"]) == before
+    module = DistilModel(model, LossConfig(), "fused", None)
+    total, _ = module(batch_of(hybrid_run, slice(0, 3)))
+    total.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == ("layers.0" in name or "lm_head" in name), name
+    with pytest.raises(InputError, match=r"student.frozen 'model.layer\.\*' matches no parameter .* model.embed"):
+        freeze(model, ["model.layer.*"])
+    with pytest.raises(InputError, match="leaves nothing to train"):
+        freeze(model, ["*"])

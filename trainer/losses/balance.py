@@ -17,20 +17,24 @@ class Balance(nn.Module):
         self._size = len(weights)
         self.log_variance = nn.Parameter(torch.tensor([-math.log(2.0 * weights[n]) for n in self._active]))
 
-    def weights(self) -> list[float]:
-        """Return the weight ½·exp(−s) of each term now."""
+    def forward(self) -> Tensor:
+        """Return s, float32 [active terms]; under ZeRO 3 the parameter exists within this call alone."""
+        return self.log_variance.float() * 1.0
+
+    def weights(self, s: Tensor) -> list[float]:
+        """Return the weight ½·exp(−s) of each term."""
         found = [0.0] * self._size
-        for n, weight in zip(self._active, (torch.exp(-self.log_variance.detach().float()) / 2).tolist(), strict=True):
+        for n, weight in zip(self._active, (torch.exp(-s.detach()) / 2).tolist(), strict=True):
             found[n] = weight
         return found
 
-    def forward(self, sums: Tensor, num_positions: int) -> Tensor:
+    def rest(self, s: Tensor, sums: Tensor, num_positions: int) -> Tensor:
         """Return what a total weighted by `weights` lacks, summed over positions: ½·s_i·P, and the gradient on s.
 
         Args:
+            s: what `forward` returned.
             sums: detached sum of each term over the positions, [terms].
             num_positions: P.
         """
-        s = self.log_variance.float()
         weight = torch.exp(-s) / 2
         return ((weight - weight.detach()) * sums[self._active]).sum() + s.sum() * num_positions / 2
