@@ -20,7 +20,6 @@ growth of the process beyond the inputs at its peak, gradients included, each me
 import argparse
 import importlib.util
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -148,8 +147,7 @@ def own_peak_bytes(problem: Problem, small: Problem, method: str) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is held now
     before = _status("VmRSS")
     problem.run(method)
-    peak = _status("VmHWM")
-    return peak - before if peak > before else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return _status("VmHWM") - before
 
 
 def _status(field: str) -> int:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from storage.heads import Head, save_head
 from storage.object_store import Store
 from tests.trainer.ranks import loop_spec, metrics_of, run_ranks
 from tests.trainer.tiny import TinyRun
@@ -89,6 +90,20 @@ def test_bfloat16_training_adds_updates_to_float32_masters(hybrid_run: TinyRun, 
     assert trained[-5:].mean() < untrained[-5:].mean() - 0.005
     exported = load_file(tmp_path / f"{2e-5}" / "student" / "model.safetensors")
     assert {tensor.dtype for tensor in exported.values()} == {torch.bfloat16}
+
+
+def test_exact_divergences_with_learned_weights_and_a_falling_temperature(hidden_run: TinyRun, tmp_path: Path) -> None:
+    vocabulary = hidden_run.identity.tokenizer.vocab_size
+    weight = torch.randn(vocabulary, 24, generator=torch.Generator().manual_seed(0)) * 0.2
+    save_head(Store(hidden_run.dataset_url), Head(weight, None, vocabulary), hidden_run.identity.fingerprint)
+    temperature = {"shape": "linear", "start": 2.0, "end": 1.0}
+    loss = {"divergence": "jsd", "exact": True, "temperature": temperature, "adaptive": "uncertainty"}
+    run_ranks(loop_spec(hidden_run, tmp_path, workers=1, zero_stage=3, steps=12, loss=loss))
+    weights_of = [line["weights"] for line in metrics_of(tmp_path)]
+    assert weights_of[0] == {"ce": pytest.approx(0.1), "kl": pytest.approx(0.9), "hidden": 0}
+    assert weights_of[-1]["kl"] != weights_of[0]["kl"]
+    assert curve(tmp_path, "ce")[-1] < curve(tmp_path, "ce")[0]
+    assert (curve(tmp_path, "kl") > 0).all()
 
 
 def test_a_loss_that_is_not_a_number_stops_all_ranks_and_names_step_and_samples(
