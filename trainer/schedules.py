@@ -33,7 +33,8 @@ def ramp(shape: str, begin: float, finish: float, at: Float64Array) -> Float64Ar
     if shape == "warmup_stable_decay":
         begin, finish = finish, 1.0
     width = finish - begin
-    along = np.clip((at - begin) / width, 0.0, 1.0) if width > 0 else (at >= begin) * 1.0
+    # A ramp narrower than this is a jump, and dividing by it could overflow.
+    along = np.clip((at - begin) / width, 0.0, 1.0) if width > 1e-12 else (at >= begin) * 1.0
     if shape in {"cosine", "two_stage"}:
         return np.asarray((1.0 - np.cos(np.pi * along)) / 2.0)
     if shape == "step":

@@ -84,7 +84,7 @@ def targets(rng: np.random.Generator, positions: list[int]) -> TargetBatch:
         count=count,
         id=rng.integers(0, 100, entries).astype(np.int32),
         logprob=-rng.random(entries).astype(np.float16),
-        draws=rng.integers(0, 3, entries).astype(np.uint8),
+        draws=rng.integers(0, 3, (2, entries)).astype(np.uint8),
         tail_mass=rng.random(num).astype(np.float16),
         teacher_nll=rng.random(len(positions)).astype(np.float32),
         teacher_entropy=rng.random(len(positions)).astype(np.float32),
@@ -92,12 +92,15 @@ def targets(rng: np.random.Generator, positions: list[int]) -> TargetBatch:
     )
 
 
-def entries_of(batch: TargetBatch, n: int) -> list[list[tuple[int, float, int]]]:
+def entries_of(batch: TargetBatch, n: int) -> list[list[tuple[int, float, tuple[int, ...]]]]:
     """The entries of each position of sample `n`, read the slow way."""
     assert batch.draws is not None
     bounds = batch.entry_offsets
     return [
-        [(int(batch.id[e]), float(batch.logprob[e]), int(batch.draws[e])) for e in range(bounds[p], bounds[p + 1])]
+        [
+            (int(batch.id[e]), float(batch.logprob[e]), tuple(batch.draws[:, e].tolist()))
+            for e in range(bounds[p], bounds[p + 1])
+        ]
         for p in range(batch.offsets[n], batch.offsets[n + 1])
     ]
 

@@ -22,7 +22,7 @@ from trainer.losses import ForwardKL, HeadTerms, head_loss
 from trainer.runner import train_student
 from trainer.student import predictor_states
 
-TERMS = HeadTerms(cross_entropy=0.1, losses=[(0.9, ForwardKL())])
+TERMS = HeadTerms(cross_entropy=0.1, divergences=[(0.9, ForwardKL())])
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ def capture_here(
     rows: Any,
     identity: DatasetIdentity,
     *_: Any,
+    **__: Any,
 ) -> CaptureResult:
     """Score all rows as one rank does, without Ray."""
     writer = DatasetWriter.create(cache.url, identity)
