@@ -5,6 +5,8 @@ BIN := .venv/bin
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export DS_ACCELERATOR ?= cpu
 export TOKENIZERS_PARALLELISM ?= false
+# Where this is set, as in many container images, each of a run's processes compiles torch and transformers anew: 10 s.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test unit slow lint bench clean
 
