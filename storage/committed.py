@@ -21,6 +21,7 @@ from storage.index import (
 from storage.info import DatasetInfo
 from storage.manifest import ManifestRecord, each, manifest_keys, parse_manifest, unit_of
 from storage.object_store import Store
+from storage.settings import first_problem
 
 _TRIES = 5
 
@@ -114,8 +115,7 @@ def parse_index_record(raw: bytes, key: str, fingerprint: str, store: Store) -> 
     try:
         record = IndexRecord.model_validate(json.loads(raw))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise _damaged(store, key, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise _damaged(store, key, first_problem(error)) from error
     except ValueError as error:
         raise _damaged(store, key, str(error)) from error
     defect = record.defect(key, raw, fingerprint)

@@ -10,7 +10,7 @@ from storage.config import Codec
 from storage.errors import InputError, IntegrityError
 from storage.identity import DatasetIdentity, canonical_json
 from storage.object_store import Store
-from storage.settings import Settings, added
+from storage.settings import Settings, added, first_problem
 
 RELEASE = "0.2.0"
 """This release, as written into datasets; equal to the version in pyproject.toml."""
@@ -99,8 +99,7 @@ def read_info(store: Store) -> DatasetInfo:
     try:
         info = DatasetInfo.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise _altered(where, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise _altered(where, first_problem(error)) from error
     if info.checksum != info.computed_checksum() or info.fingerprint != info.identity.fingerprint:
         raise _altered(where, "its checksum does not match")
     if info.to_json() != raw:

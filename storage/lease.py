@@ -61,7 +61,7 @@ class LeaseRecord(Settings):
         except ProcessLookupError:
             return True
         except PermissionError:
-            pass
+            pass  # it runs, as another user
         return False
 
 

@@ -14,7 +14,7 @@ from storage.errors import IntegrityError
 from storage.identity import canonical_json
 from storage.object_store import Store
 from storage.samples import UInt8Array
-from storage.settings import Settings
+from storage.settings import Settings, first_problem
 
 MANIFEST_PREFIX = "manifest/"
 DATA_PREFIX = "data/"
@@ -129,8 +129,7 @@ def parse_manifest(raw: bytes, key: str, fingerprint: str, store: Store) -> Mani
     try:
         record = ManifestRecord.model_validate(json.loads(raw))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise _damaged(store, key, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise _damaged(store, key, first_problem(error)) from error
     except ValueError as error:
         raise _damaged(store, key, str(error)) from error
     if record.key != key:

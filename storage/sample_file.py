@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from storage.errors import IntegrityError
 from storage.object_store import Store
 from storage.samples import ID_BYTES, Int32Array, Sample, SampleBatch, UInt8Array
-from storage.settings import Settings
+from storage.settings import Settings, first_problem
 
 _T = TypeVar("_T", bound=np.generic)
 
@@ -77,10 +77,8 @@ def read_facts(store: Store) -> SetFacts | None:
     try:
         return SetFacts.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
         raise IntegrityError(
-            f"{store.shown(META_KEY)} is malformed or of another format ({field}: {first['msg']}); delete this "
+            f"{store.shown(META_KEY)} is malformed or of another format ({first_problem(error)}); delete this "
             "folder and prepare the samples again"
         ) from error
 

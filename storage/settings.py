@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
 class Settings(BaseModel):
@@ -18,3 +18,9 @@ def added(neutral: Any) -> Any:
     checksums and files of datasets that know nothing of the field stay as they are, byte for byte.
     """
     return Field(default=neutral, exclude_if=lambda value: value == neutral)
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first thing that is wrong with stored or given fields, as `field.name: what`."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -25,7 +25,7 @@ from storage.importers.rows import SourceRow
 from storage.object_store import Store
 from storage.range_file import RangeFile
 from storage.samples import Int64Array, UInt8Array
-from storage.settings import Settings
+from storage.settings import Settings, first_problem
 from storage.targets import Float32Array
 
 CONFIG_KEY = "compression_config.yaml"
@@ -78,9 +78,7 @@ def read_compression(raw: bytes, where: str) -> Compression | LegacyCompression:
     except yaml.YAMLError as error:
         raise InputError(f"{where} is not valid YAML: {error}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        raise InputError(f"{where} is no compression config of DistillKit: {name}: {first['msg']}") from error
+        raise InputError(f"{where} is no compression config of DistillKit: {first_problem(error)}") from error
 
 
 def index_bits(size: int) -> int:
