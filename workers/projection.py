@@ -10,17 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from storage.config import CacheConfig
-from storage.errors import InputError, WorkerError
+from storage.errors import InputError
 from storage.hidden import read_states
 from storage.identity import CaptureIdentity, DatasetIdentity
 from storage.object_store import Store
 from storage.projection import fit_projection, save_projection
-from storage.reader import Dataset
 from storage.sample_set import SampleSet
 from storage.samples import Int64Array
 from workers.config import TeacherConfig
-from workers.coordinator import capture
 from workers.loop import OnEvent
+from workers.scratch import score_aside
 
 FIT_POSITIONS = 16_384
 """Supervised positions that a projection is fitted to and measured on, at least four for each of its dimensions."""
@@ -58,16 +57,8 @@ def fit_teacher_projection(
     scratch = Store(store.url).child(_SCRATCH)
     whole = CaptureIdentity(kind="text", hidden=identity.capture.hidden, hidden_dtype="float32")
     chosen = fitting_rows(samples, rows, max(FIT_POSITIONS, 4 * width))
-    settings = cache.model_copy(update={"url": scratch.url})
     own = identity.model_copy(update={"capture": whole})
-    try:
-        result = capture(teacher, settings, model_folder, samples, chosen, own, device, on_event)
-        if result.failed_units:
-            raise WorkerError(f"the samples of the projection could not be scored: {result.failed_units[0]['error']}")
-        targets = Dataset.open(scratch.url, own).read(samples.ids(chosen))[1]
-        projection = fit_projection({name: read_states(states) for name, states in targets.hidden.items()}, width)
-        digest = save_projection(store, projection)
-    finally:
-        for key in scratch.list():
-            scratch.delete(key)
+    targets = score_aside(teacher, cache, model_folder, samples, chosen, own, scratch.url, device, on_event)
+    projection = fit_projection({name: read_states(states) for name, states in targets.hidden.items()}, width)
+    digest = save_projection(store, projection)
     return identity.model_copy(update={"capture": identity.capture.model_copy(update={"projection": digest})})

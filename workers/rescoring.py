@@ -9,7 +9,7 @@ import numpy as np
 
 from storage.compare import Difference, compare
 from storage.config import CacheConfig
-from storage.errors import InputError, WorkerError
+from storage.errors import InputError
 from storage.identity import CaptureIdentity, DatasetIdentity
 from storage.object_store import Store
 from storage.reader import Dataset
@@ -17,8 +17,8 @@ from storage.sample_set import SampleSet
 from storage.samples import Int64Array
 from storage.targets import TargetBatch
 from workers.config import TeacherConfig
-from workers.coordinator import capture
 from workers.loop import OnEvent
+from workers.scratch import clear, score_aside
 
 BOUND = 0.05
 """Nats that the 99th percentile of the differences may always have: float16 and other batches cost a part of it."""
@@ -111,19 +111,5 @@ def _score(
         kind=kept.kind, top_k=kept.top_k, draws=kept.draws, draw_sets=kept.draw_sets, seed=kept.seed
     )
     own = identity.model_copy(update={"capture": entries})
-    store = Store(url)
-    _clear(store)
-    try:
-        result = capture(
-            teacher, cache.model_copy(update={"url": url}), model_folder, samples, rows, own, device, on_event
-        )
-        if result.failed_units:
-            raise WorkerError(f"the samples could not be scored again: {result.failed_units[0]['error']}")
-        return Dataset.open(url, own).read(samples.ids(rows))[1]
-    finally:
-        _clear(store)
-
-
-def _clear(store: Store) -> None:
-    for key in store.list():
-        store.delete(key)
+    clear(Store(url))
+    return score_aside(teacher, cache, model_folder, samples, rows, own, url, device, on_event)

@@ -20,7 +20,7 @@ from tests.workers.tiny import tiny_model
 @pytest.fixture
 def here(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
     """The world with a real, tiny teacher, whose captures run in this process."""
-    for module in ("workers.coordinator", "workers.projection", "workers.rescoring"):
+    for module in ("workers.coordinator", "workers.scratch"):
         monkeypatch.setattr(f"{module}.capture", capture_here)
     monkeypatch.setattr(Workspace, "ray", lambda self, task: SimpleNamespace(device="cpu", logs="", local=True))
     vocab_size = Tokenizer.load(world.teacher).vocab_size

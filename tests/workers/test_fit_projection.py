@@ -11,14 +11,13 @@ from storage.reader import Dataset
 from storage.verify import verify_dataset
 from tests.workers.conftest import TinyRun
 from tests.workers.here import capture_here
-from workers import projection
 from workers.config import TeacherConfig
 from workers.model_folder import teacher_identity
 from workers.projection import fit_teacher_projection, fitting_rows
 
 
 def test_states_are_stored_in_the_fitted_dimensions(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projection, "capture", capture_here)
+    monkeypatch.setattr("workers.scratch.capture", capture_here)
     folder = tiny_run.model("qwen2", 64)
     teacher = TeacherConfig(name=str(folder), dtype="float32", sharding="none")
     kept = {"hidden": ["final"], "hidden_dtype": "float32"}
@@ -60,7 +59,7 @@ def test_rows_to_fit_to_are_the_same_for_any_order_and_enough(tiny_run: TinyRun)
 def test_a_width_beyond_the_teachers_is_refused_and_leaves_nothing(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(projection, "capture", capture_here)
+    monkeypatch.setattr("workers.scratch.capture", capture_here)
     folder = tiny_run.model("qwen2", 64)
     teacher = TeacherConfig(name=str(folder), dtype="float32", sharding="none")
     cache = tiny_run.cache("too-wide", hidden=["final"], hidden_projection=64)

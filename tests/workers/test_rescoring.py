@@ -58,7 +58,7 @@ def scored_again(run: TinyRun, name: str, dtype: str, shift: float = 0.0) -> Res
 def test_a_dataset_is_within_the_teachers_own_arithmetic(
     tiny_run: TinyRun, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rescoring, "capture", capture_here)
+    monkeypatch.setattr("workers.scratch.capture", capture_here)
     found = scored_again(tiny_run, dtype, dtype)
     assert found.ok and found.samples == 12 and found.difference.compared > 1000
     assert found.limit >= found.bound == rescoring.BOUND
@@ -69,7 +69,7 @@ def test_a_dataset_is_within_the_teachers_own_arithmetic(
 
 
 def test_targets_that_are_not_the_teachers_are_found(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rescoring, "capture", capture_here)
+    monkeypatch.setattr("workers.scratch.capture", capture_here)
     found = scored_again(tiny_run, "float32", "float32", shift=0.3)
     assert not found.ok
     assert found.difference.spread.p50 == pytest.approx(0.3, abs=0.02) and found.control.spread.p99 < 5e-3
