@@ -31,7 +31,7 @@ from storage.codecs.table import decode, encode
 from storage.config import DataConfig
 from storage.identity import CaptureIdentity, DatasetIdentity, TeacherIdentity, TokenizerIdentity
 from storage.sample_set import prepare_samples
-from storage.samples import Sample, SampleBatch, offsets_of
+from storage.samples import Int64Array, Sample, SampleBatch, offsets_of
 from storage.schema import from_parquet, to_parquet
 from storage.targets import TargetBatch
 from storage.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ WINDOW = 256
 MULTINOMIAL = 50
 TOP_K = 64
 # Mean and spread of the log of each position's inverse temperature.
-SIMULATED = {"published": (0.75, 0.4), "sharp": (1.55, 0.5)}
+SIMULATED = {"published": (0.75, 0.4), "sharp": (1.62, 0.5)}
 TEACHERS = {
     "embedded": EmbeddedTeacherConfig(),
     "bpe32k": EmbeddedTeacherConfig(vocab_size=32_768, hidden_size=128, layers=2),
@@ -119,7 +119,11 @@ def selection(kind: str, vocab_size: int, draws: int = 0) -> SelectionSettings:
 
 def targets_of(samples: SampleBatch, kept: Selection) -> TargetBatch:
     """Return a selection over all positions of the samples, in order, as targets."""
-    offsets = offsets_of(samples.num_supervised())
+    return targets_at(offsets_of(samples.num_supervised()), kept)
+
+
+def targets_at(offsets: Int64Array, kept: Selection) -> TargetBatch:
+    """Return a selection as the targets of the samples whose positions start and end at `offsets`, [N + 1]."""
     means = [np.add.reduceat(x, offsets[:-1]) / np.diff(offsets) for x in (kept.nll, kept.entropy)]
     return TargetBatch(
         offsets=offsets,
@@ -147,14 +151,14 @@ def real(teacher: EmbeddedTeacherConfig, windows: int) -> dict[str, tuple[Sample
     batch = samples.read(rows)
     errors, result = Errors(), {}
     for row in range(0, len(batch), max(1, len(batch) // 16)):
-        errors.add(torch.log_softmax(_logits(model, batch.sample(row)).float(), -1).exp()[:, : tokenizer.vocab_size])
+        errors.add(window_logits(model, batch.sample(row)).float()[:, : tokenizer.vocab_size].softmax(1))
     draws = errors.draws()
     kept: dict[str, list[Selection]] = {"sampled": [], "topk": []}
     for row in range(len(batch)):
         sample = batch.sample(row)
         at = np.flatnonzero(sample.supervised)
         where, truth = torch.from_numpy(at - 1), torch.from_numpy(sample.tokens[at].astype(np.int64))
-        logits = _logits(model, sample, every=True)
+        logits = window_logits(model, sample, every=True)
         uniform = torch.from_numpy(uniforms(0, sample.sample_id, len(at)))
         for kind, parts in kept.items():
             parts.append(select(logits, where, truth, uniform, selection(kind, tokenizer.vocab_size, draws)))
@@ -164,7 +168,7 @@ def real(teacher: EmbeddedTeacherConfig, windows: int) -> dict[str, tuple[Sample
 
 
 @torch.no_grad()
-def _logits(model: torch.nn.Module, sample: Sample, every: bool = False) -> Tensor:
+def window_logits(model: torch.nn.Module, sample: Sample, every: bool = False) -> Tensor:
     """Return the logits of a window, [L, V], of its supervised positions alone unless `every`.
 
     Packed documents see each other here, which matters nothing for what is measured.

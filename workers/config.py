@@ -21,7 +21,7 @@ class EmbeddedTeacherConfig(Settings):
     """Routed experts in each mixture layer, two of them active per token."""
     window_tokens: int = Field(default=256, ge=16)
     """Length of its training windows, in tokens."""
-    train_tokens: int = Field(default=400_000, ge=1)
+    train_tokens: int = Field(default=300_000, ge=1)
     """Tokens it is trained on, once; about 3,500 a second on two cores."""
     seed: int = 0
     """Seed of its weights and data order."""

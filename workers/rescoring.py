@@ -77,6 +77,7 @@ def rescore(
     device: str = "cpu",
     on_event: OnEvent | None = None,
     bound: float = BOUND,
+    may_grow: bool = False,
 ) -> Rescoring:
     """Score `rows` twice into datasets below `scratch_url`, which are deleted, and compare. Ray must be running.
 
@@ -88,7 +89,9 @@ def rescore(
     batches = []
     for name, how in (("again", teacher), ("control", halved)):
         url = f"{scratch_url.rstrip('/')}/{name}"
-        batches.append(_score(how, cache, model_folder, samples, rows, dataset.identity, url, device, on_event))
+        batches.append(
+            _score(how, cache, model_folder, samples, rows, dataset.identity, url, device, on_event, may_grow)
+        )
     kind = dataset.identity.capture.kind
     difference, control = compare(stored, batches[0], kind), compare(batches[0], batches[1], kind)
     return Rescoring(len(rows), difference, control, bound)
@@ -104,6 +107,7 @@ def _score(
     url: str,
     device: str,
     on_event: OnEvent | None,
+    may_grow: bool,
 ) -> TargetBatch:
     """Score rows into a dataset of their own, without hidden states, and read them back."""
     kept = identity.capture
@@ -112,4 +116,4 @@ def _score(
     )
     own = identity.model_copy(update={"capture": entries})
     clear(Store(url))
-    return score_aside(teacher, cache, model_folder, samples, rows, own, url, device, on_event)
+    return score_aside(teacher, cache, model_folder, samples, rows, own, url, device, on_event, may_grow)

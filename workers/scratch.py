@@ -26,10 +26,12 @@ def score_aside(
     url: str,
     device: str,
     on_event: OnEvent | None,
+    may_grow: bool,
 ) -> TargetBatch:
     """Return the targets of `rows` under `identity`, scored into a dataset at `url`. Ray must be running.
 
-    What an interrupted call left there is used; `clear` it first where it must not be.
+    What an interrupted call left there is used; `clear` it first where it must not be. The last three arguments are
+    those of `capture`.
 
     Raises:
         WorkerError: the samples could not be scored.
@@ -38,7 +40,7 @@ def score_aside(
     # Other datasets of the run may hold these samples: they are asked of this teacher all the same.
     own = cache.model_copy(update={"url": store.url, "also": []})
     try:
-        result = capture(teacher, own, model_folder, samples, rows, identity, device, on_event)
+        result = capture(teacher, own, model_folder, samples, rows, identity, device, on_event, may_grow=may_grow)
         if result.failed_units:
             raise WorkerError(f"the samples could not be scored: {result.failed_units[0]['error']}")
         return Dataset.open(store.url, identity).read(samples.ids(rows))[1]

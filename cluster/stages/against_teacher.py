@@ -52,6 +52,7 @@ def against_teacher(
                 session.device,
                 on_event,
                 BOUND if bound is None else bound,
+                may_grow=not session.local,
             )
         work.run.event("verified_against_teacher", **found.to_json())
     return found.to_json()

@@ -8,6 +8,7 @@ from cluster.budget import standing_text
 from cluster.checks import check_dataset
 from cluster.figures import count
 from cluster.progress import Shown
+from cluster.ray_session import RaySession
 from cluster.selection import capture_rows
 from cluster.stages.capture_api import score_api
 from cluster.workspace import Workspace
@@ -100,7 +101,7 @@ def _score(work: Workspace, rows: Int64Array, task: Shown) -> dict[str, Any]:
     follower = _Follower(work, task)
     config = work.config
     if work.identity.capture.hidden_projection and not work.identity.capture.projection:
-        _fit_projection(work, rows, session.device, task, follower)
+        _fit_projection(work, rows, session, task, follower)
     found = score_missing(
         config.teacher,
         config.cache,
@@ -121,14 +122,22 @@ def _score(work: Workspace, rows: Int64Array, task: Shown) -> dict[str, Any]:
     }
 
 
-def _fit_projection(work: Workspace, rows: Int64Array, device: str, task: Shown, follower: "_Follower") -> None:
+def _fit_projection(work: Workspace, rows: Int64Array, session: RaySession, task: Shown, follower: "_Follower") -> None:
     """Fit the projection of the hidden states, which completes the dataset's identity."""
     from workers.projection import fit_teacher_projection
 
     task.say("  fitting the projection of the hidden states")
     config = work.config
     work.identity = fit_teacher_projection(
-        config.teacher, config.cache, work.model_folder, work.samples, rows, work.identity, device, follower.on_event
+        config.teacher,
+        config.cache,
+        work.model_folder,
+        work.samples,
+        rows,
+        work.identity,
+        session.device,
+        follower.on_event,
+        may_grow=not session.local,
     )
     facts = work.run.result("teacher") or {}
     work.run.finish("teacher", work.identity.fingerprint, {**facts, "fingerprint": work.identity.fingerprint})

@@ -17,11 +17,11 @@ from cluster.checks import uses_chat_template
 from cluster.config import RunConfig
 from cluster.loader import check_config
 from cluster.selection import capture_rows
-from storage.reader import Dataset
 from storage.sample_set import SampleSet, prepare_samples
-from storage.samples import SampleBatch, offsets_of
+from storage.samples import Int64Array, SampleBatch, offsets_of
 from storage.targets import TargetBatch
 from storage.tokenizer import Tokenizer
+from storage.union import open_existing
 from storage.writer import DatasetWriter
 from workers.embedded import ensure_tokenizer
 from workers.model_folder import teacher_identity
@@ -62,13 +62,18 @@ class World:
     def capture(self, share: float = 1.0, name: str = "unit") -> None:
         """Commit made-up targets for a share of what the run needs and the dataset lacks, in two units."""
         config, samples = self.config, self.samples()
+        rows = capture_rows(samples, config.evaluate.samples_per_source)
+        rows = rows[: max(2, round(len(rows) * share))]
+        union = open_existing(config.cache)
+        self.commit(rows if union is None else rows[union.missing(samples.ids(rows))], name)
+
+    def commit(self, rows: Int64Array, name: str = "unit") -> None:
+        """Commit made-up targets for these rows of the samples, in two units."""
+        config, samples = self.config, self.samples()
         identity = teacher_identity(
             self.teacher, config.teacher, config.cache, Tokenizer.load(self.teacher), uses_chat_template(config.data)
         )
         writer = DatasetWriter.create(config.cache.url, identity)
-        rows = capture_rows(samples, config.evaluate.samples_per_source)
-        rows = rows[: max(2, round(len(rows) * share))]
-        rows = rows[Dataset.open(config.cache.url).missing(samples.ids(rows))]
         for n, part in enumerate(np.array_split(rows, 2)):
             batch = samples.read(part)
             writer.commit(f"{name}{n}", batch, made_up_targets(batch, identity.tokenizer.vocab_size), "a1")

@@ -1,5 +1,6 @@
 """What is captured once is found by every run that needs it: by sample id, whatever else its config says."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from cluster.plan import Plan, make_plan
 from cluster.rundir import RunDir
 from storage.reader import Dataset
-from tests.cluster.conftest import World
+from tests.cluster.conftest import Ended, World
 
 
 def planned(world: World, name: str, change: Any = None) -> Plan:
@@ -90,3 +91,26 @@ def test_another_teacher_or_setting_never_reuses(world: World) -> None:
 
     with pytest.raises(IdentityError, match=r"capture\.top_k is 4 there, 5 here"):
         planned(world, "other", more_entries)
+
+
+def test_what_another_dataset_holds_is_not_scored_again(world: World, lectern: Callable[..., Ended]) -> None:
+    """The other one holds half of the samples; this run's own needs the rest, and reads both as one."""
+    world.capture(share=0.5)
+    values = deepcopy(world.values)
+    values["cache"] |= {"url": str(world.folder / "own"), "also": [world.values["cache"]["url"]]}
+    other = World(world.folder, world.teacher, values)
+    held = len(Dataset.open(world.values["cache"]["url"]).catalog)
+
+    before = planned(other, "before")
+    assert (before.cached_samples, before.missing_samples) == (held, before.samples - held)
+
+    other.capture()
+    assert len(Dataset.open(other.config.cache.url).catalog) == before.missing_samples > 0
+    assert planned(other, "after").missing_samples == 0
+    captured = lectern("capture", other.config_path, "--run-dir", str(other.run_dir), "--json")
+    assert captured.code == 0, captured.err
+    done = captured.json["capture"]
+    assert (done["scored_samples"], done["reused_samples"]) == (0, before.samples)
+    shown = lectern("inspect", other.config_path, "--run-dir", str(other.run_dir), "--json").json
+    assert shown["samples"] == before.missing_samples
+    assert [(a["samples"], a["served"]) for a in shown["also"]] == [(held, held)]
