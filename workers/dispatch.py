@@ -431,7 +431,9 @@ class Dispatcher(Generic[UnitT]):
             return
         match decide(UNIT_RULES, kind, flight.attempt, self.policy.max_attempts):
             case FailureDecision.RETRY:
-                self._last.append((unit, flight.attempt + 1))
+                # A store that stays full is found out by one unit, before each of the others is scored in vain.
+                again = self._first.appendleft if kind is FailureKind.STORE else self._last.append
+                again((unit, flight.attempt + 1))
                 self._commands.append(Retry(unit, flight.attempt + 1, error))
             case FailureDecision.SET_ASIDE:
                 self.meter.set_aside(unit.num_tokens)

@@ -135,6 +135,16 @@ def test_a_store_that_fails_three_times_ends_the_work() -> None:
     assert str(fleet.dispatcher.error) == "disk full 3"
 
 
+def test_a_full_store_is_found_out_before_each_unit_is_scored_in_vain() -> None:
+    fleet = Fleet(100)
+    fleet.ready(1)
+    failed = 0
+    while fleet.dispatcher.error is None:
+        fleet.tell(Failed(1, fleet.all(Give)[failed].unit.unit_id, FailureKind.STORE, StorageError("disk full")))
+        failed += 1
+    assert failed <= 3 * ReplicaKind("local").capacity
+
+
 def test_failed_starts_back_off_and_end_the_work_when_nobody_is_ready() -> None:
     fleet = Fleet(3)
     fleet.tell(lost(1, kind=FailureKind.BROKEN))
