@@ -87,6 +87,12 @@ def check_future_teacher(config: RunConfig, tokenizer: Tokenizer) -> int:
 
 def check_curriculum(config: RunConfig, samples: SampleSet) -> None:
     """Check that the curriculum names sources that exist, have training samples and suffice for its passes."""
+    adaptive, scored = config.curriculum.adaptive, config.evaluate.samples_per_source
+    if adaptive is not None and adaptive.samples > scored:
+        raise InputError(
+            f"curriculum.adaptive.samples {adaptive.samples} is more than evaluate.samples_per_source {scored}, the "
+            "held-out windows that the teacher scores; raise that one"
+        )
     most = config.curriculum.max_epochs
     for name, times in source_passes(config, samples).items():
         if most is not None and times > most:
@@ -101,7 +107,9 @@ def source_passes(config: RunConfig, samples: SampleSet) -> dict[str, float]:
     counts = {name: len(samples.rows("train", name)) for name in samples.source_names}
     shares = planned_shares(config.curriculum, counts, config.train.steps)
     drawn = planned_counts(shares, config.train.global_batch_size).sum(axis=0)
-    return {name: float(drawn[n]) / max(size, 1) for n, (name, size) in enumerate(counts.items())}
+    hard = config.curriculum.difficulty
+    kept = 1.0 if hard is None else hard.keep[1] - hard.keep[0]
+    return {name: float(drawn[n]) / max(size * kept, 1) for n, (name, size) in enumerate(counts.items())}
 
 
 def check_dataset(config: RunConfig, tokenizer: Tokenizer, identity: DatasetIdentity | None) -> DatasetInfo | None:

@@ -7,7 +7,8 @@ files are pickled tensors: they are read back only from the run's own folder, an
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from storage.errors import IntegrityError
 from storage.object_store import Store
+from trainer.engine import Place
+from trainer.reshard import group_settings, is_partitioned, mend_optimizer, universal_folder
 
 STATE_TAG = "state"
 POSITION_FILE = "lectern.json"
@@ -35,7 +38,9 @@ class Position:
     waited_s: float
     world_size: int
     config: dict[str, Any]
-    """What the run depends on; see `runner.run_facts`."""
+    """What the run depends on; see `result.run_facts`."""
+    mixing: list[dict[str, Any]] = field(default_factory=list)
+    """What an adaptive curriculum has decided so far; see `mixing.Decision`."""
 
     def to_json(self) -> str:
         """Return the file's text."""
@@ -63,16 +68,50 @@ def save(engine: Any, folder: Path, rank: int, position: Position) -> None:
     (folder / f"rank-{rank}.json").write_text(json.dumps(files))
 
 
-def load(engine: Any, folder: Path, rank: int) -> Position:
-    """Put an engine and the random generators back to a checkpoint. Collective."""
+def read_position(folder: Path) -> Position:
+    """Return where the run stood that wrote a checkpoint."""
+    return Position.from_json((folder / POSITION_FILE).read_bytes())
+
+
+def needs_universal(folder: Path, world_size: int) -> bool:
+    """Tell whether a checkpoint was written by another number of ranks, in parts of which this one has none."""
+    return read_position(folder).world_size != world_size and is_partitioned(folder / STATE_TAG)
+
+
+def load(engine: Any, folder: Path, place: Place, seed: int) -> Position:
+    """Put an engine and the random generators back to a checkpoint. Collective.
+
+    Other numbers of ranks than wrote it go on with the same weights, optimizer states and samples; what is drawn at
+    random, such as dropout, then comes from `seed` and the step. The engine must have been started accordingly, see
+    `needs_universal`.
+    """
+    position = read_position(folder)
+    if needs_universal(folder, place.world_size):
+        settings = group_settings(engine)
+        with universal_folder(folder, STATE_TAG, place) as converted:
+            _load_state(engine, converted)
+        mend_optimizer(engine, settings)
+    else:
+        _load_state(engine, folder)
+    if position.world_size == place.world_size:
+        state = load_file(folder / f"random-{place.rank}.safetensors")
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"])
+    else:
+        torch.manual_seed(random_seed(seed, position.step, place.world_size, place.rank))
+    return replace(position, world_size=place.world_size)
+
+
+def _load_state(engine: Any, folder: Path) -> None:
     path, _ = engine.load_checkpoint(str(folder), tag=STATE_TAG)
     if path is None:
         raise IntegrityError(f"DeepSpeed found no state in checkpoint {folder}; delete it and run again")
-    state = load_file(folder / f"random-{rank}.safetensors")
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
-    return Position.from_json((folder / POSITION_FILE).read_bytes())
+
+
+def random_seed(*key: int) -> int:
+    """Return a seed that depends on `key` alone."""
+    return int.from_bytes(blake2b(repr(key).encode(), digest_size=7).digest(), "little")
 
 
 def newest(store: Store) -> tuple[str, Position] | None:

@@ -28,6 +28,44 @@ class StudentConfig(Settings):
         return self
 
 
+class DifficultyConfig(Settings):
+    """Which samples of a source come when, by how hard the teacher found them when it scored them."""
+
+    by: Literal["teacher_nll", "teacher_entropy"] = "teacher_nll"
+    """What is hard: text that the teacher did not expect, or where it was unsure; mean over a sample, in nats."""
+    order: Literal["shuffled", "rising", "falling"] = "shuffled"
+    """Order of each pass over a source: shuffled, or ten shuffled groups of rising or falling difficulty."""
+    keep: tuple[float, float] = (0.0, 1.0)
+    """Between which quantiles of each source samples are used at all, e.g. `[0, 0.95]` leaves out the hardest 5%."""
+    open_first: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of each source, its easiest samples, that is open at the first step; the others join in ten steps."""
+    open_until: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Where all samples are open, as a fraction of the steps."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        low, high = self.keep
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"curriculum.difficulty.keep {list(self.keep)} must be two rising quantiles from 0 to 1")
+        if self.open_first < 1 and self.order == "falling":
+            raise ValueError(
+                "curriculum.difficulty opens with the easiest samples (open_first) and orders them hardest first "
+                "(order: falling); drop one of the two"
+            )
+        return self
+
+
+class AdaptiveConfig(Settings):
+    """Shares that follow how far the student is behind the teacher on each source (DDK, Liu et al. 2024)."""
+
+    every: int = Field(default=100, ge=1)
+    """Steps between decisions; the first one falls after so many."""
+    smoothing: float = Field(default=0.5, gt=0.0, le=1.0)
+    """Part of the shares that follows the losses; the rest is spread evenly, so that no source dies out."""
+    samples: int = Field(default=32, ge=1)
+    """Held-out windows of each source that are compared; at most `evaluate.samples_per_source`."""
+
+
 class CurriculumConfig(Settings):
     """How the sources are mixed over the steps."""
 
@@ -46,6 +84,10 @@ class CurriculumConfig(Settings):
     between and constant before and after; instead of `start` and `end`."""
     max_epochs: float | None = Field(default=None, gt=0)
     """Refuse a plan that passes over a source more often than this; none allows any number."""
+    difficulty: DifficultyConfig | None = None
+    """Choose and order samples by difficulty; none: all samples, shuffled."""
+    adaptive: AdaptiveConfig | None = None
+    """Decide on the shares while training, beginning with `start`; none: they are planned."""
 
     @model_validator(mode="after")
     def _shares_are_sane(self) -> Self:
@@ -63,6 +105,10 @@ class CurriculumConfig(Settings):
             raise ValueError(f"curriculum.finish {self.finish} lies before curriculum.begin {self.begin}")
         if self.end and not self.start:
             raise ValueError("curriculum.end needs curriculum.start beside it")
+        if self.adaptive is not None and (self.end or self.table or self.max_epochs is not None):
+            raise ValueError(
+                "curriculum.adaptive decides on the shares while training; give no end, table or max_epochs beside it"
+            )
         return self
 
 

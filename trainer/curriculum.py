@@ -1,15 +1,42 @@
-"""The mixing curriculum: which share of every step each source is planned to have."""
+"""The mixing curriculum: which share of every step each source is planned to have, and the order that follows."""
 
 from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.difficulty import difficulty
 from storage.errors import InputError
-from trainer.config import CurriculumConfig
+from storage.sample_set import SampleSet
+from storage.samples import UInt8Array
+from storage.targets import Float32Array
+from storage.union import DatasetUnion
+from trainer.config import CurriculumConfig, TrainConfig
+from trainer.sampler import PlannedOrder
 from trainer.schedules import ramp
 
 Float64Array = NDArray[np.float64]
+
+
+def planned_order(
+    samples: SampleSet, curriculum: CurriculumConfig, train: TrainConfig, dataset: DatasetUnion | None = None
+) -> PlannedOrder:
+    """Return the planned order of a run over the training samples.
+
+    `dataset` tells how hard they are, where the curriculum asks for it. InputError when the mixture cannot be met.
+    """
+    hard = curriculum.difficulty
+    assert hard is None or dataset is not None, "an order by difficulty needs the dataset"
+    ids = {name: samples.ids(samples.rows("train", name)) for name in samples.source_names}
+    shares = planned_shares(curriculum, {name: len(pool) for name, pool in ids.items()}, train.steps)
+
+    def measure(sample_ids: UInt8Array) -> Float32Array:
+        assert hard is not None and dataset is not None
+        return difficulty(dataset, sample_ids, hard.by)
+
+    order = PlannedOrder(ids, shares, train.global_batch_size, train.seed, hard, measure)
+    order.check_epochs(curriculum.max_epochs)
+    return order
 
 
 def planned_shares(curriculum: CurriculumConfig, num_samples: Mapping[str, int], steps: int) -> Float64Array:

@@ -1,6 +1,7 @@
 """DeepSpeed: its configuration, the optimizer, and the engine around a student."""
 
 import os
+import resource
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,8 +43,8 @@ def prepare_process(place: Place) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
 
 
-def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
-    """Return the DeepSpeed configuration of a run.
+def deepspeed_config(train: TrainConfig, universal: bool = False) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of a run; `universal`: it resumes from a universal checkpoint.
 
     Master weights, moments and sums of gradients are float32 whatever the precision of the forward pass: small
     updates are lost when they are added to bfloat16 weights.
@@ -56,6 +57,7 @@ def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
         "zero_optimization": {"stage": train.zero_stage, "overlap_comm": False, "contiguous_gradients": True},
         "communication_data_type": "fp32",
         "steps_per_print": 1 << 60,
+        "checkpoint": {"load_universal": universal},
         **_PRECISION[train.dtype],
         # Stage 0 has no float32 sums of half-precision gradients; its master weights are float32 all the same.
         **({} if train.zero_stage == 0 else {"data_types": {"grad_accum_dtype": "fp32"}}),
@@ -77,8 +79,11 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
-def start_engine(module: nn.Module, train: TrainConfig, place: Place) -> Any:
-    """Wrap a module into a DeepSpeed engine. Collective: every rank calls it with the same weights."""
+def start_engine(module: nn.Module, train: TrainConfig, place: Place, universal: bool = False) -> Any:
+    """Wrap a module into a DeepSpeed engine. Collective: every rank calls it with the same weights.
+
+    `universal`: it is to load a universal checkpoint, see `trainer.reshard`.
+    """
     import deepspeed
 
     quiet_deepspeed()
@@ -89,7 +94,7 @@ def start_engine(module: nn.Module, train: TrainConfig, place: Place) -> Any:
     optimizer = torch.optim.AdamW(
         parameter_groups(module, train.weight_decay), lr=learning_rate(train, 0), betas=train.adam_betas, eps=1e-8
     )
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(train))
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(train, universal))
     return engine
 
 
@@ -117,3 +122,10 @@ def set_learning_rate(engine: Any, value: float) -> None:
     """Set the learning rate of the next optimizer step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = value
+
+
+def peak_memory_bytes(place: Place) -> int:
+    """Return the most memory that this rank has held: of its GPU's allocator, or of the process on a CPU."""
+    if place.device == "gpu":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -15,7 +15,7 @@ from storage.errors import InputError
 from storage.parts import Part, TargetReader
 from trainer.batches import make_batch
 from trainer.losses import EntryView, ForwardKL, SparseTargets
-from trainer.student import predictor_logits
+from trainer.model import predictor_logits
 
 BINS = 15
 """Confidence bins of the expected calibration error."""

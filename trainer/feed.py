@@ -83,7 +83,7 @@ def step_loader(
         # Another set of draws in each pass, as far as they go; the seed decides which one is first.
         passes = order.step_epochs(step)[part] + train.seed
         parts = [_one_set(piece, passes) for piece in dataset.parts(ids)]
-        batches = [_microbatch(parts, rows, layers) for rows in take_microbatches(len(ids), train.micro_batch_size)]
+        batches = [microbatch(parts, rows, layers) for rows in take_microbatches(len(ids), train.micro_batch_size)]
         supervised = sum(int(piece.samples.supervised.sum()) for piece in parts)
         return StepData(batches, _read_ids(parts), supervised, sum(piece.samples.num_tokens for piece in parts))
 
@@ -96,7 +96,7 @@ def _one_set(part: Part, passes: Int64Array) -> Part:
     return replace(part, targets=targets)
 
 
-def _microbatch(parts: Sequence[Part], rows: range, layers: tuple[str, ...]) -> Batch:
+def microbatch(parts: Sequence[Part], rows: range, layers: tuple[str, ...]) -> Batch:
     """Return the batch of the asked samples `rows`, those of one dataset after those of another."""
     batches = []
     for part in parts:

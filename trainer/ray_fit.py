@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import LecternError, WorkerError
+from trainer.collective import rebuild_error
 from trainer.engine import Place
-from trainer.loop import LoopSpec, rebuild_error, run_rank
+from trainer.loop import run_rank
+from trainer.spec import LoopSpec
 
 
 def fit(spec: LoopSpec) -> dict[str, Any]:

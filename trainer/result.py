@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, Self
 
@@ -19,7 +19,9 @@ RESULT_FILE = "train_result.json"
 MIXTURE_POINTS = 200
 """Most points of `TrainResult.mixture`."""
 
-OPERATIONAL = frozenset({"checkpoint_every", "keep_checkpoints", "max_failures", "log_every"})
+OPERATIONAL = frozenset(
+    {"checkpoint_every", "keep_checkpoints", "max_failures", "log_every", "workers", "micro_batch_size"}
+)
 """Fields of `train` that may change between a run and its continuation."""
 
 
@@ -46,6 +48,8 @@ class TrainResult:
     """`{step, planned, realised}`: shares of the sources, averaged over the steps since the point before."""
     resumed_from: int
     """Step that the last start continued from, 0 for none."""
+    mixing: list[dict[str, Any]] = field(default_factory=list)
+    """What an adaptive curriculum decided: `{step, shares, student, teacher}`, with the held-out losses of both."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -64,8 +68,12 @@ def run_facts(
     identity: DatasetIdentity,
     samples_key: str,
     also: Sequence[str] = (),
+    mixing: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Return, as flat `section.field` values, everything that the trained weights depend on; `also`: more datasets."""
+    """Return, as flat `section.field` values, everything that the trained weights depend on.
+
+    `also` are more datasets, `mixing` what another run's adaptive curriculum decided, where this one follows it.
+    """
     sections = {
         "student": student.model_dump(mode="json"),
         "curriculum": curriculum.model_dump(mode="json"),
@@ -75,6 +83,8 @@ def run_facts(
     }
     if also:
         sections["dataset"]["also"] = [read_info(Store(url)).fingerprint for url in also]
+    if mixing is not None:
+        sections["curriculum"]["follows"] = [[decision["step"], decision["shares"]] for decision in mixing]
     return dict(_flatten(sections, ""))
 
 
@@ -91,8 +101,9 @@ def recorded_result(run_dir: str, name: str, facts: dict[str, Any]) -> TrainResu
 
 def require_same_config(expected: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
     """Raise InputError naming the first field in which a checkpoint or finished run differs from this one."""
+    free = {f"train.{field}" for field in OPERATIONAL}
     for name in dict.fromkeys([*expected, *found]):
-        if expected.get(name) != found.get(name):
+        if name not in free and expected.get(name) != found.get(name):
             raise InputError(
                 f"{where} was made with {name} = {found.get(name)!r}, this run has {expected.get(name)!r}; go back to "
                 "that value, use another --run-dir, or delete it to start over"

@@ -15,16 +15,19 @@ from storage.sample_set import SampleSet
 from storage.shard_source import DEFAULT_READING, Reading
 from storage.union import DatasetUnion
 from trainer import checkpoint
+from trainer.anatomy import examine
 from trainer.config import CurriculumConfig, LossConfig, StudentConfig, TrainConfig
+from trainer.curriculum import planned_order
 from trainer.engine import Device
 from trainer.export import copy_tokenizer
-from trainer.loop import LoopSpec, planned_order
 from trainer.metrics import Follower
+from trainer.mixing import apply, heldout_ids
 from trainer.ray_fit import fit
 from trainer.result import RESULT_FILE, TrainResult, mixture, recorded_result, require_same_config, run_facts
 from trainer.sampler import PlannedOrder
 from trainer.served import require_served
-from trainer.student import build_student, examine, freeze, resolve_student
+from trainer.spec import LoopSpec
+from trainer.student import build_student, freeze, resolve_student
 
 _POLL_S = 0.5
 
@@ -50,6 +53,7 @@ def train_student(
     tokenizer_folder: str | Path,
     reading: Reading = DEFAULT_READING,
     also: Sequence[str] = (),
+    mixing: Sequence[dict[str, Any]] | None = None,
 ) -> TrainResult:
     """Train a student to the end and export it below `<run_dir>/<name>`.
 
@@ -71,6 +75,7 @@ def train_student(
         tokenizer_folder: local folder whose tokenizer files are put beside the exported model.
         reading: checks and memory of the ranks' readers; layers that the loss does not use are left unread.
         also: further datasets, for samples that the first one does not hold.
+        mixing: decisions of another run with an adaptive curriculum (`TrainResult.mixing`), to train in its order.
 
     Raises:
         InputError: something does not fit together; nothing was trained.
@@ -78,14 +83,15 @@ def train_student(
     """
     run_dir = Store(run_dir).url
     samples = SampleSet.open(samples_url)
-    facts = run_facts(student, train, curriculum, identity, samples.key, also)
+    facts = run_facts(student, train, curriculum, identity, samples.key, also, mixing)
     done = recorded_result(run_dir, name, facts)
     if done is not None:
         return done
     folder = resolve_student(student, identity)
-    order = planned_order(samples, curriculum, train)
     dataset = DatasetUnion.open([dataset_url, *also], identity, reading)
+    order = planned_order(samples, curriculum, train, dataset)
     _check_dataset(dataset, order, train.loss)
+    _check_mixing(dataset, samples, curriculum)
     _check_layers(dataset, train.loss)
     if train.loss.transfers or student.frozen:
         model = build_student(student, folder, identity)
@@ -107,10 +113,12 @@ def train_student(
         reading=replace(reading, layers=train.loss.layers),
         facts=facts,
         resume=resume,
+        mixing=None if mixing is None else tuple(mixing),
     )
     on_event({"event": "train_start", "run": name, "step": at, "steps": train.steps})
     with _followed(run_dir, name, train.steps, on_event):
         figures = fit(spec)
+    apply(order, mixing or figures["mixing"])
     copy_tokenizer(Path(tokenizer_folder), run_dir, name)
     result = _result(figures, spec, order, resumed_from=max(at, figures["resumed_from"]))
     record = {"config": facts, "result": result.to_json()}
@@ -127,6 +135,20 @@ def _check_dataset(dataset: DatasetUnion, order: PlannedOrder, loss: LossConfig)
         raise InputError(
             f"{missing} of the samples that the curriculum uses are not in {dataset.shown()}; run the capture, which "
             "scores what is missing"
+        )
+
+
+def _check_mixing(dataset: DatasetUnion, samples: SampleSet, curriculum: CurriculumConfig) -> None:
+    if curriculum.adaptive is None:
+        return
+    train = samples.sample_ids[samples.rows("train")]
+    heldout = [sample_id for ids in heldout_ids(samples, curriculum.adaptive).values() for sample_id in ids]
+    missing = len(dataset.missing(train)) + len(dataset.missing(heldout))
+    if missing:
+        raise InputError(
+            f"curriculum.adaptive may use any training sample and compares {len(heldout)} held-out ones, but {missing} "
+            f"of them are not in {dataset.shown()}; run the capture, which scores what is missing, with "
+            f"evaluate.samples_per_source of at least {curriculum.adaptive.samples}"
         )
 
 
@@ -176,6 +198,7 @@ def _result(figures: dict[str, Any], spec: LoopSpec, order: PlannedOrder, resume
         losses=figures["losses"],
         order_digest=figures["digest"],
         mixture=mixture(order),
+        mixing=figures["mixing"],
         resumed_from=resumed_from,
     )
 

@@ -4,8 +4,7 @@ Nothing here knows the world size, the micro-batch or the past: step t can be as
 run sees byte for byte the order of an unbroken one.
 """
 
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -14,8 +13,14 @@ from numpy.typing import NDArray
 from storage.errors import InputError
 from storage.permutation import permutation
 from storage.samples import ID_BYTES, Int64Array, UInt8Array
+from storage.targets import Float32Array
+from trainer.config import DifficultyConfig
+from trainer.pools import GROUPS, Pool, by_difficulty, open_sizes
 
 EMPTY_DIGEST = bytes(ID_BYTES)
+
+Measure = Callable[[UInt8Array], Float32Array]
+"""Returns the difficulty of samples, [n, 16] → [n]."""
 
 
 def planned_counts(shares: NDArray[np.float64], batch_size: int) -> Int64Array:
@@ -59,23 +64,54 @@ def chain_digest(before: bytes, ids: Sequence[bytes] | UInt8Array) -> bytes:
 class PlannedOrder:
     """The sample ids of every step.
 
-    Each source is passed over in epochs, each epoch a seeded permutation of its samples; a step takes the next
+    Each source's pool is passed over again and again (see `trainer.pools`); a step takes the next
     `counts[step, source]` of each and shuffles them.
     """
 
     def __init__(
-        self, ids_by_source: Mapping[str, Sequence[bytes]], shares: NDArray[np.float64], batch_size: int, seed: int
+        self,
+        ids_by_source: Mapping[str, Sequence[bytes]],
+        shares: NDArray[np.float64],
+        batch_size: int,
+        seed: int,
+        difficulty: DifficultyConfig | None = None,
+        measure: Measure | None = None,
     ) -> None:
+        """Plan the steps.
+
+        Args:
+            ids_by_source: training samples of each source; the order of the sources is that of the columns of `shares`.
+            shares: planned share of each source at each step, [steps, sources]; rows sum to 1.
+            batch_size: samples per step.
+            seed: of all permutations.
+            difficulty: how the samples' difficulty, which `measure` tells, decides which come when; none: not at all.
+        """
         self.sources = list(ids_by_source)
-        self.shares = shares  # [steps, sources]
-        self.counts = planned_counts(shares, batch_size)  # [steps, sources]
         self.batch_size = batch_size
         self._seed = seed
-        # Sorted, so that the order does not depend on how the samples happen to be stored.
-        self._pools = [_as_rows(sorted(ids_by_source[name])) for name in self.sources]
+        self._difficulty = difficulty
+        self._pools = [self._pool(name, ids, measure) for name, ids in ids_by_source.items()]
+        self.replan(shares)
+
+    def replan(self, shares: NDArray[np.float64]) -> None:
+        """Plan for other shares, [steps, sources]; steps before the first that differs stay as they were."""
+        self.shares = shares
+        self.counts = planned_counts(shares, self.batch_size)  # [steps, sources]
         self._given = np.zeros((len(shares) + 1, len(self.sources)), dtype=np.int64)
         np.cumsum(self.counts, axis=0, out=self._given[1:])
-        self._epoch = lru_cache(maxsize=2 * len(self.sources))(self._permuted)
+        if self._difficulty is not None and self._difficulty.open_first < 1:
+            for pool, drawn in zip(self._pools, self._given.T, strict=True):
+                pool.open_by(open_sizes(self._difficulty, len(pool), drawn))
+
+    def _pool(self, name: str, ids: Sequence[bytes], measure: Measure | None) -> Pool:
+        # Sorted, so that the order does not depend on how the samples happen to be stored.
+        rows = _as_rows(sorted(ids))
+        if self._difficulty is None or measure is None or not len(rows):
+            return Pool(name, rows, self._seed)
+        rows = by_difficulty(rows, measure(rows), self._difficulty)
+        if self._difficulty.order == "falling":
+            rows = rows[::-1]
+        return Pool(name, rows, self._seed, 1 if self._difficulty.order == "shuffled" else GROUPS)
 
     def __len__(self) -> int:
         return len(self.shares)
@@ -98,27 +134,24 @@ class PlannedOrder:
 
     def used_ids(self) -> UInt8Array:
         """Return the ids that the whole plan consumes, each once, uint8 [n, 16]."""
-        used = [self._draws(s, 0, int(min(n, len(self._pools[s])))) for s, n in enumerate(self._given[-1])]
-        return np.concatenate(used)
+        return np.concatenate([pool.used(int(n)) for pool, n in zip(self._pools, self._given[-1], strict=True)])
 
     def step(self, step: int) -> UInt8Array:
         """Return the ids of a step's global batch in order, uint8 [batch_size, 16]."""
-        return np.concatenate(self._taken(step))[permutation(self.batch_size, "step", self._seed, step)]
+        return np.concatenate([pool.draws(a, b) for pool, a, b in self._taken(step)])[self._shuffle(step)]
 
     def step_sources(self, step: int) -> list[str]:
         """Return the source of each sample of a step, in the order of `step`."""
         names = np.repeat(np.arange(len(self.sources)), self.counts[step])
-        return [self.sources[n] for n in names[permutation(self.batch_size, "step", self._seed, step)]]
+        return [self.sources[n] for n in names[self._shuffle(step)]]
 
     def step_epochs(self, step: int) -> Int64Array:
         """Return which pass over its source each sample of a step belongs to, in the order of `step`, [batch_size]."""
-        first, last = self._given[step], self._given[step + 1]
-        taken = [np.arange(a, b) // len(p) for a, b, p in zip(first, last, self._pools, strict=True) if b > a]
-        return np.concatenate(taken)[permutation(self.batch_size, "step", self._seed, step)]
+        return np.concatenate([pool.passes(a, b) for pool, a, b in self._taken(step)])[self._shuffle(step)]
 
     def pool_start(self, num_samples: int) -> UInt8Array:
         """Return the first `num_samples` ids of all sources in sorted order, uint8 [n, 16]."""
-        ids = np.concatenate(self._pools)
+        ids = np.concatenate([pool.ids for pool in self._pools])
         return ids[np.lexsort(ids.T[::-1])[:num_samples]]
 
     def digest(self, until: int | None = None) -> bytes:
@@ -128,24 +161,13 @@ class PlannedOrder:
             running = chain_digest(running, self.step(step))
         return running
 
-    def _taken(self, step: int) -> list[UInt8Array]:
-        first, last = self._given[step], self._given[step + 1]
-        return [self._draws(s, int(first[s]), int(last[s])) for s in range(len(self.sources))]
+    def _taken(self, step: int) -> Iterator[tuple[Pool, int, int]]:
+        """Yield each source's pool and the draws that a step takes from it."""
+        for pool, first, last in zip(self._pools, self._given[step], self._given[step + 1], strict=True):
+            yield pool, int(first), int(last)
 
-    def _draws(self, source: int, first: int, last: int) -> UInt8Array:
-        """Return draws `first` to `last` of a source, running over its epochs."""
-        pool = self._pools[source]
-        parts = [pool[:0]]
-        while first < last:
-            epoch, at = divmod(first, len(pool))
-            part = self._epoch(source, epoch)[at : at + last - first]
-            parts.append(part)
-            first += len(part)
-        return np.concatenate(parts)
-
-    def _permuted(self, source: int, epoch: int) -> UInt8Array:
-        pool = self._pools[source]
-        return pool[permutation(len(pool), "epoch", self._seed, self.sources[source], epoch)]
+    def _shuffle(self, step: int) -> Int64Array:
+        return permutation(self.batch_size, "step", self._seed, step)
 
 
 def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:

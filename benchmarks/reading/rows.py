@@ -11,20 +11,22 @@ TOP_K = 12
 DRAWS = 12
 
 
-def identity() -> DatasetIdentity:
+def identity(vocab_size: int = VOCAB_SIZE) -> DatasetIdentity:
     """Return the identity of the benchmark's datasets."""
     return DatasetIdentity(
         teacher=TeacherIdentity(name="made up", architecture="Qwen2ForCausalLM", weights="ab" * 32, parameters=1),
-        tokenizer=TokenizerIdentity(digest="cd" * 32, vocab_size=VOCAB_SIZE),
+        tokenizer=TokenizerIdentity(digest="cd" * 32, vocab_size=vocab_size),
         precision="bfloat16",
         capture=CaptureIdentity(kind="hybrid", top_k=TOP_K, draws=DRAWS, seed=0),
     )
 
 
-def make_rows(num_samples: int, window_tokens: int, seed: int) -> tuple[SampleBatch, TargetBatch]:
+def make_rows(
+    num_samples: int, window_tokens: int, seed: int, vocab_size: int = VOCAB_SIZE
+) -> tuple[SampleBatch, TargetBatch]:
     """Return whole windows, all positions but the first supervised, with their targets."""
     rng = np.random.default_rng(seed)
-    samples = SampleBatch.of([_window(window_tokens, rng) for _ in range(num_samples)])
+    samples = SampleBatch.of([_window(window_tokens, rng, vocab_size) for _ in range(num_samples)])
     positions = num_samples * (window_tokens - 1)
     distinct = rng.integers(8, DRAWS + 1, positions)  # of the drawn tokens
     count = (TOP_K + distinct).astype(np.int32)
@@ -32,9 +34,9 @@ def make_rows(num_samples: int, window_tokens: int, seed: int) -> tuple[SampleBa
     row = np.repeat(np.arange(positions), count)
     rank = np.arange(offsets[-1]) - offsets[row]
     # Ids: a few steps up from a frequent token, so that none comes twice at a position.
-    steps = np.minimum(rng.zipf(1.3, offsets[-1]), 4000)
+    steps = np.minimum(rng.zipf(1.3, offsets[-1]), vocab_size // 37)
     climbed = np.cumsum(steps)
-    start = np.minimum(rng.zipf(1.2, positions), 50_000)
+    start = np.minimum(rng.zipf(1.2, positions), vocab_size // 3)
     ids = (start[row] + climbed - climbed[offsets[row]]).astype(np.int32)
     weight = 1.0 / (1.0 + rank) ** (1.0 + 1.5 * rng.random(positions))[row]
     total = np.bincount(row, weights=weight)
@@ -54,8 +56,8 @@ def make_rows(num_samples: int, window_tokens: int, seed: int) -> tuple[SampleBa
     )
 
 
-def _window(length: int, rng: np.random.Generator) -> Sample:
+def _window(length: int, rng: np.random.Generator, vocab_size: int) -> Sample:
     supervised = np.ones(length, dtype=np.bool_)
     supervised[0] = False
-    tokens = np.minimum(rng.zipf(1.2, length), VOCAB_SIZE - 1).astype(np.int32)
+    tokens = np.minimum(rng.zipf(1.2, length), vocab_size - 1).astype(np.int32)
     return Sample("general", tokens, supervised, np.zeros(length, dtype=np.int16))

@@ -21,19 +21,27 @@ def train(work: Workspace, name: str) -> dict[str, Any]:
     """
     config = work.config
     settings = config.train if name == "student" else config.train.model_copy(update={"loss": BASELINE_LOSS})
-    facts = run_facts(config.student, settings, config.curriculum, work.identity, work.samples.key, config.cache.also)
+    # A baseline under an adaptive curriculum trains in the order that the student's losses led to.
+    mixing = None
+    if name != "student" and config.curriculum.adaptive is not None:
+        mixing = (work.run.result("student") or {}).get("mixing")
+    facts = run_facts(
+        config.student, settings, config.curriculum, work.identity, work.samples.key, config.cache.also, mixing
+    )
     with work.stage(name) as outcome, work.progress.task(f"Training the {name}", "steps") as task:
         result = recorded_result(work.run.url, name, facts)
         outcome.skipped = result is not None
         if result is None:
-            result = _fit(work, name, settings, task)
+            result = _fit(work, name, settings, mixing, task)
         task.note(f"loss {result.losses['loss']:.3f}, {count(result.tokens_per_s)} tokens/s")
         outcome.facts = {"steps": result.steps, "order_digest": result.order_digest}
     work.run.finish(name, stage_key(facts), result.to_json())
     return result.to_json()
 
 
-def _fit(work: Workspace, name: str, settings: TrainConfig, task: Shown) -> TrainResult:
+def _fit(
+    work: Workspace, name: str, settings: TrainConfig, mixing: list[dict[str, Any]] | None, task: Shown
+) -> TrainResult:
     session = work.ray(task)
     from trainer.runner import train_student
 
@@ -62,4 +70,5 @@ def _fit(work: Workspace, name: str, settings: TrainConfig, task: Shown) -> Trai
         tokenizer_folder=work.model_folder,
         reading=Reading.of(config.cache),
         also=config.cache.also,
+        mixing=mixing,
     )

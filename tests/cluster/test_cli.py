@@ -194,6 +194,13 @@ def test_a_curriculum_that_repeats_a_source_too_often(world: World, capsys: pyte
     check_one_message(ended, 2, "more than curriculum.max_epochs 2")
 
 
+def test_an_adaptive_curriculum_compares_samples_that_are_scored(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = plan(world, "curriculum.adaptive={samples: 5}", capsys=capsys)
+    check_one_message(ended, 2, "curriculum.adaptive.samples 5 is more than evaluate.samples_per_source 4")
+
+
 def test_a_full_disk_breaks_the_run_with_code_1(world: World, lectern: Lectern) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))

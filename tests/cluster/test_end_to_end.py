@@ -21,7 +21,7 @@ from cluster.reaper import session_processes
 from cluster.selection import capture_rows
 from storage.reader import Dataset
 from storage.sample_set import SampleSet
-from trainer.loop import planned_order
+from trainer.curriculum import planned_order
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -12,8 +12,8 @@ from storage.object_store import Store
 from storage.shard_source import Reading
 from tests.trainer.tiny import QWEN2, TinyRun, train_config
 from trainer.config import CurriculumConfig, StudentConfig
-from trainer.loop import LoopSpec
 from trainer.metrics import parse_lines
+from trainer.spec import LoopSpec
 
 TIMEOUT_S = 150
 

@@ -16,8 +16,8 @@ from tests.trainer.tiny import QWEN2, made_up_targets, make_run, train_config
 from tests.workers.tiny import VOCAB_SIZE, window
 from trainer.batches import make_batch, take_microbatches
 from trainer.feed import step_loader
+from trainer.model import predictor_logits, predictor_states
 from trainer.sampler import PlannedOrder
-from trainer.student import predictor_logits, predictor_states
 
 
 @pytest.fixture(scope="module", params=["sdpa", "eager"])

@@ -13,7 +13,10 @@ from storage.object_store import Store
 from tests.trainer.ranks import loop_spec, metrics_of, run_ranks
 from tests.trainer.tiny import TinyRun
 from trainer.checkpoint import newest
-from trainer.loop import planned_order
+from trainer.config import CurriculumConfig, LossConfig
+from trainer.curriculum import planned_order
+from trainer.mixing import apply
+from trainer.spec import LoopSpec
 
 pytestmark = pytest.mark.slow
 
@@ -79,6 +82,31 @@ def test_a_resumed_run_is_the_unbroken_one(hidden_run: TinyRun, tmp_path: Path, 
     assert torch.equal(weights(tmp_path / "broken"), weights(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_another_number_of_ranks_goes_on_with_the_same_samples(hidden_run: TinyRun, tmp_path: Path, stage: int) -> None:
+    """2 → 1 → 2 ranks, with a frozen layer, projectors and learned weights."""
+    fields = {"steps": 7, "checkpoint_every": 2, "zero_stage": stage, "micro_batch_size": 2}
+    loss = {**HIDDEN["loss"], "adaptive": "uncertainty"}
+
+    def spec(name: str, workers: int) -> LoopSpec:
+        made = without_dropout(hidden_run, tmp_path / name, **fields, workers=workers, loss=loss)
+        return replace(made, student=made.student.model_copy(update={"frozen": ["model.layers.0.mlp.*"]}))
+
+    def saved(name: str, step: int) -> Path:
+        return tmp_path / name / "checkpoints" / "student" / f"checkpoint_{step:06d}"
+
+    whole = run_ranks(spec("whole", 2))
+    one = run_ranks(spec("one", 1), resume=saved("whole", 2))
+    assert (one["resumed_from"], one["world_size"]) == (2, 1)
+    two = run_ranks(spec("two", 2), resume=saved("one", 4))
+    assert (two["resumed_from"], two["world_size"]) == (4, 2)
+    assert whole["digest"] == one["digest"] == two["digest"]
+    for name, first in (("one", 2), ("two", 4)):
+        for key in ("loss", "kl", "hidden", "grad_norm"):
+            np.testing.assert_allclose(curve(tmp_path / name, key), curve(tmp_path / "whole", key)[first:], rtol=1e-5)
+        np.testing.assert_allclose(weights(tmp_path / name), weights(tmp_path / "whole"), atol=2e-5)
+
+
 def test_bfloat16_training_adds_updates_to_float32_masters(hybrid_run: TinyRun, tmp_path: Path) -> None:
     """Steps far below bfloat16's resolution add up in the masters and would be lost in the weights themselves."""
     train = {"dtype": "bfloat16", "weight_decay": 0.0, "warmup_steps": 0, "checkpoint_every": 5}
@@ -104,6 +132,31 @@ def test_exact_divergences_with_learned_weights_and_a_falling_temperature(hidden
     assert weights_of[-1]["kl"] != weights_of[0]["kl"]
     assert curve(tmp_path, "ce")[-1] < curve(tmp_path, "ce")[0]
     assert (curve(tmp_path, "kl") > 0).all()
+
+
+def test_an_adaptive_mixture_by_difficulty_goes_on_as_if_unbroken(hybrid_run: TinyRun, tmp_path: Path) -> None:
+    curriculum = CurriculumConfig.model_validate(
+        {
+            "adaptive": {"every": 2, "samples": 3},
+            "difficulty": {"by": "teacher_entropy", "open_first": 0.3, "open_until": 1.0},
+        }
+    )
+    train = {"workers": 2, "zero_stage": 3, "micro_batch_size": 2, "steps": 7, "checkpoint_every": 4}
+    spec = replace(loop_spec(hybrid_run, tmp_path / "whole", **train), curriculum=curriculum)
+    whole = run_ranks(spec)
+    assert [decision["step"] for decision in whole["mixing"]] == [2, 4, 6]
+    order = planned_order(hybrid_run.samples, curriculum, spec.train, hybrid_run.union)
+    assert whole["digest"] != order.digest().hex()
+    apply(order, whole["mixing"])
+    assert whole["digest"] == order.digest().hex()
+    lines = metrics_of(tmp_path / "whole")
+    assert lines[1]["planned"] != lines[2]["planned"] == pytest.approx(whole["mixing"][0]["shares"])
+    saved = tmp_path / "whole" / "checkpoints" / "student" / "checkpoint_000004"
+    resumed = run_ranks(replace(spec, run_dir=str(tmp_path / "broken")), resume=saved)
+    assert (resumed["resumed_from"], resumed["mixing"], resumed["digest"]) == (4, whole["mixing"], whole["digest"])
+    follower = replace(spec, run_dir=str(tmp_path / "follower"), mixing=tuple(whole["mixing"]))
+    followed = run_ranks(replace(follower, train=spec.train.model_copy(update={"loss": LossConfig(kl=0, ce=1)})))
+    assert followed["digest"] == whole["digest"]
 
 
 def test_a_loss_that_is_not_a_number_stops_all_ranks_and_names_step_and_samples(

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from tests.trainer.tiny import QWEN2, TinyRun
 from trainer.batches import make_batch
 from trainer.config import StudentConfig
-from trainer.student import build_student, predictor_states
+from trainer.model import predictor_states
+from trainer.student import build_student
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "minimal.py"
 

@@ -11,7 +11,7 @@ from storage.errors import InputError, IntegrityError
 from storage.object_store import Store
 from tests.trainer.tiny import TinyRun
 from trainer.checkpoint import POSITION_FILE, SNAPSHOT_FILE, Position, keep_only, newest
-from trainer.loop import planned_order
+from trainer.curriculum import planned_order
 from trainer.metrics import Follower, MetricsLog, parse_lines
 from trainer.result import mixture, recorded_result, require_same_config, run_facts
 
@@ -112,6 +112,8 @@ def test_facts_name_the_first_difference_but_not_operational_ones(hybrid_run: Ti
         )
 
     require_same_config(facts(), facts(max_failures=9, checkpoint_every=1, log_every=3, keep_checkpoints=5), "there")
+    # Written by a release that kept the number of ranks.
+    require_same_config(facts(), {**facts(workers=2, micro_batch_size=1), "train.workers": 2}, "there")
     with pytest.raises(InputError, match=r"there was made with train.learning_rate = 0.5, this run has 0.003"):
         require_same_config(facts(), facts(learning_rate=0.5), "there")
     assert recorded_result(str(tmp_path), "student", facts()) is None

@@ -9,11 +9,13 @@ from torch import nn
 from storage.errors import InputError
 from tests.storage.tiny_tokenizers import write_tokenizer
 from tests.trainer.tiny import QWEN2, TinyRun
+from trainer.anatomy import examine
 from trainer.batches import Batch, make_batch
 from trainer.config import LossConfig, StudentConfig
 from trainer.feed import channel_variance
 from trainer.losses.hidden import HiddenTransfer
-from trainer.student import DistilModel, build_student, examine, freeze, resolve_student
+from trainer.model import DistilModel
+from trainer.student import build_student, freeze, resolve_student
 
 
 def fresh(run: TinyRun, **fields: object) -> nn.Module:

@@ -25,7 +25,7 @@ from tests.trainer.ranks import metrics_of
 from tests.trainer.tiny import TinyRun
 from trainer.checkpoint import newest
 from trainer.config import CurriculumConfig, StudentConfig
-from trainer.loop import planned_order
+from trainer.curriculum import planned_order
 from trainer.result import TrainResult
 from trainer.runner import baseline_of, train_student
 

@@ -16,11 +16,11 @@ from storage.writer import DatasetWriter
 from tests.trainer.tiny import QWEN2, TinyRun, made_up_targets, make_run, train_config
 from trainer.batches import join_batches, make_batch
 from trainer.config import CurriculumConfig
+from trainer.curriculum import planned_order
 from trainer.feed import step_loader
-from trainer.loop import planned_order
 from trainer.losses import ForwardKL, HeadTerms, head_loss
+from trainer.model import predictor_states
 from trainer.runner import train_student
-from trainer.student import predictor_states
 
 TERMS = HeadTerms(cross_entropy=0.1, divergences=[(0.9, ForwardKL())])
 

@@ -16,6 +16,7 @@ from storage.sample_set import SampleSet, prepare_samples
 from storage.samples import SampleBatch
 from storage.targets import TargetBatch
 from storage.tokenizer import Tokenizer
+from storage.union import DatasetUnion
 from storage.writer import DatasetWriter
 from tests.storage.tiny_tokenizers import write_tokenizer
 from trainer.config import CurriculumConfig, StudentConfig, TrainConfig
@@ -68,6 +69,11 @@ class TinyRun:
     def dataset(self) -> Dataset:
         """The dataset, opened anew."""
         return Dataset.open(self.dataset_url, self.identity)
+
+    @property
+    def union(self) -> DatasetUnion:
+        """The dataset, as the trainer opens it."""
+        return DatasetUnion.open([self.dataset_url], self.identity)
 
     def arguments(self, run_dir: Path, **train: Any) -> dict[str, Any]:
         """Return the arguments of `train_student`; `train` replaces fields of the train section."""

@@ -1,0 +1,72 @@
+"""What a model is made of: where its logits come from, how wide its layers are, and what they put out."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from storage.errors import InputError
+
+HeadPath = Literal["fused", "module", "model"]
+"""How logits come about: the head's weight chunk by chunk, the head's own forward, or the whole model's."""
+
+_PROBE_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a short forward pass tells of a model."""
+
+    head_path: HeadPath
+    widths: Mapping[str, int]  # asked student layer → width of its output
+
+
+def examine(model: Any, layers: list[str], zero_stage: int) -> Anatomy:
+    """Run a few tokens through a model to learn its layers' widths and whether its logits are head(last state).
+
+    Raises:
+        InputError: the student has no module of an asked name.
+    """
+    names = dict(model.named_modules())
+    missing = [layer for layer in layers if layer != "final" and layer not in names]
+    if missing:
+        shown = [name for name in names if name and name.count(".") <= 2][:24]
+        raise InputError(
+            f"the student has no layer {missing[0]!r}; train.loss.hidden_map may name `final` or a module such as "
+            f"{', '.join(shown)}"
+        )
+    ids = torch.arange(_PROBE_TOKENS)[None]
+    was_training = model.training
+    model.eval()
+    head = model.get_output_embeddings()
+    with torch.no_grad(), record_layers(model, ["final", *layers]) as seen:
+        state = model.base_model(input_ids=ids, use_cache=False)[0]
+        logits = model(input_ids=ids, use_cache=False).logits
+        plain = isinstance(head, nn.Linear) and torch.allclose(head(state), logits, rtol=1e-4, atol=1e-4)
+    model.train(was_training)
+    path: HeadPath = "model" if not plain else "module" if zero_stage == 3 else "fused"
+    return Anatomy(path, {layer: int(seen[layer].shape[-1]) for layer in layers})
+
+
+@contextmanager
+def record_layers(model: Any, layers: list[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of named modules while the context is open; `final` is the input of the output head."""
+    seen: dict[str, Tensor] = {}
+
+    def watch(layer: str) -> Any:
+        def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+            value = inputs[0] if layer == "final" else output
+            seen[layer] = value[0] if isinstance(value, tuple) else value
+
+        module = model.get_output_embeddings() if layer == "final" else model.get_submodule(layer)
+        return module.register_forward_hook(keep)
+
+    handles = [watch(layer) for layer in dict.fromkeys(layers)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
