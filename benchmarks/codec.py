@@ -5,8 +5,9 @@
 
 *Draws*: kind `sampled` with the least n whose squared error Σ(t̂ − t)² is no worse than that of 50 multinomial draws on
 the same distributions, beside the published encoding of such draws: 17-bit id and 7-bit count, 3 bytes for each
-distinct id. *Top-64*: kind `topk`, log-probabilities within 0.01 nats, beside DistillKit's own formula at that k and
-vocabulary (16 exact bfloat16 values, 6 float32 terms, bit-packed ids: its recommended settings).
+distinct id. `--factor` takes so many times these draws, beside the same encoding of 50. *Top-64*: kind `topk`,
+log-probabilities within 0.01 nats, beside DistillKit's own formula at that k and vocabulary (16 exact bfloat16 values,
+6 float32 terms, bit-packed ids: its recommended settings).
 
 The simulated teachers have Zipf frequencies with normal noise on the logits, each position at its own temperature; the
 text is drawn from the teacher. `published`: 50 draws give about 12 distinct ids. `sharp`: mean entropy 0.5 to 0.7 nats.
@@ -43,6 +44,8 @@ VOCAB_SIZE = 151_936
 WINDOW = 256
 MULTINOMIAL = 50
 TOP_K = 64
+MOST_DRAWS = 256
+"""Draws whose error is known; a token is stored to have been drawn 255 times at most."""
 # Mean and spread of the log of each position's inverse temperature.
 SIMULATED = {"published": (0.75, 0.4), "sharp": (1.62, 0.5)}
 TEACHERS = {
@@ -52,13 +55,17 @@ TEACHERS = {
 QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart.yaml"
 
 
+Case = tuple[SampleBatch, TargetBatch, int, "Errors"]
+"""Samples, what is kept of their targets, the number of draws, the errors of drawing."""
+
+
 class Errors:
     """Squared error of 50 multinomial draws and of n systematic ones, summed over positions."""
 
     def __init__(self) -> None:
         self.positions = 0
         self.entropy = self.distinct = self.multinomial = 0.0
-        self.systematic = np.zeros(64)
+        self.systematic = np.zeros(MOST_DRAWS)
 
     def add(self, t: Tensor) -> None:
         """Add distributions, [P, V]."""
@@ -66,18 +73,18 @@ class Errors:
         self.entropy += float(torch.special.entr(t).sum())
         self.distinct += float((1 - (1 - t) ** MULTINOMIAL).sum())
         self.multinomial += float((1 - (t * t).sum(1)).sum()) / MULTINOMIAL
-        # Below 1/64 an entry is drawn at most once: its n·t has no whole part, and Σ f(1 − f) has a closed form.
-        large = t.topk(64).values.double()
-        large = large * (large >= 1 / 64)
+        # Below 1/n an entry is drawn at most once: its n·t has no whole part, and Σ f(1 − f) has a closed form.
+        large = t.topk(MOST_DRAWS).values.double()
+        large = large * (large >= 1 / MOST_DRAWS)
         rest = float(t.double().sum() - large.sum())
         squares = float((t * t).sum() - (large * large).sum())
-        for n in range(1, 64):
+        for n in range(1, MOST_DRAWS):
             fraction = (n * large).frac()
             self.systematic[n] += float((fraction * (1 - fraction)).sum()) / n**2 + rest / n - squares
 
-    def draws(self) -> int:
-        """Return the least n that is no worse."""
-        return 1 + int(np.flatnonzero(self.systematic[1:] <= self.multinomial)[0])
+    def draws(self, factor: float = 1.0) -> int:
+        """Return `factor` times the least n that is no worse."""
+        return round(factor * (1 + int(np.flatnonzero(self.systematic[1:] <= self.multinomial)[0])))
 
 
 def simulate(regime: str, windows: int) -> Iterator[Tensor]:
@@ -92,24 +99,27 @@ def simulate(regime: str, windows: int) -> Iterator[Tensor]:
         yield noise.mul_(2.0).add_(unigram).mul_(sharpness)
 
 
-def simulated(regime: str, windows: int) -> tuple[SampleBatch, TargetBatch, int, Errors]:
-    """Return simulated samples with drawn targets, the number of draws and the errors."""
+def simulated(regime: str, windows: int, factor: float) -> dict[str, Case]:
+    """Return simulated samples with drawn and with top-64 targets."""
     errors, draws = Errors(), 0
-    samples, parts = [], []
+    samples: list[Sample] = []
+    kept: dict[str, list[Selection]] = {"sampled": [], "topk": []}
     generator = torch.Generator().manual_seed(1)
     for logits in simulate(regime, windows):
         probability = logits.softmax(1)
         if not draws:
             errors.add(probability)
-            draws = errors.draws()
+            draws = errors.draws(factor)
         truth = torch.multinomial(probability, 1, generator=generator)[:, 0]
         tokens = np.concatenate([[0], truth.numpy()]).astype(np.int32)
         sample = Sample("general", tokens, np.arange(WINDOW) > 0, np.zeros(WINDOW, dtype=np.int16))
         samples.append(sample)
         uniform = torch.from_numpy(uniforms(0, sample.sample_id, WINDOW - 1))
-        parts.append(select(logits, torch.arange(WINDOW - 1), truth, uniform, selection("sampled", VOCAB_SIZE, draws)))
+        for kind, parts in kept.items():
+            how = selection(kind, VOCAB_SIZE, draws)
+            parts.append(select(logits, torch.arange(WINDOW - 1), truth, uniform, how))
     batch = SampleBatch.of(samples)
-    return batch, targets_of(batch, Selection.concat(parts)), draws, errors
+    return {kind: (batch, targets_of(batch, Selection.concat(parts)), draws, errors) for kind, parts in kept.items()}
 
 
 def selection(kind: str, vocab_size: int, draws: int = 0) -> SelectionSettings:
@@ -137,7 +147,7 @@ def targets_at(offsets: Int64Array, kept: Selection) -> TargetBatch:
     )
 
 
-def real(teacher: EmbeddedTeacherConfig, windows: int) -> dict[str, tuple[SampleBatch, TargetBatch, int, Errors]]:
+def real(teacher: EmbeddedTeacherConfig, windows: int, factor: float) -> dict[str, Case]:
     """Return samples of a teacher trained here, with drawn and with top-64 targets."""
     from transformers import AutoModelForCausalLM
 
@@ -152,7 +162,7 @@ def real(teacher: EmbeddedTeacherConfig, windows: int) -> dict[str, tuple[Sample
     errors, result = Errors(), {}
     for row in range(0, len(batch), max(1, len(batch) // 16)):
         errors.add(window_logits(model, batch.sample(row)).float()[:, : tokenizer.vocab_size].softmax(1))
-    draws = errors.draws()
+    draws = errors.draws(factor)
     kept: dict[str, list[Selection]] = {"sampled": [], "topk": []}
     for row in range(len(batch)):
         sample = batch.sample(row)
@@ -256,14 +266,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", choices=[*SIMULATED, *TEACHERS], help="repeatable")
     parser.add_argument("--windows", type=int, default=64, help="windows of 256 tokens")
-    parser.add_argument("--train-tokens", type=int, default=400_000, help="of the teachers trained here")
+    parser.add_argument("--factor", type=float, default=1.0, help="times the draws of equal error")
+    parser.add_argument("--train-tokens", type=int, default=300_000, help="of the teachers trained here")
     arguments = parser.parse_args()
     for case in arguments.case or list(SIMULATED):
         if case in SIMULATED:
-            found = {"sampled": simulated(case, arguments.windows)}
+            found = simulated(case, arguments.windows, arguments.factor)
             vocab_size = VOCAB_SIZE
         else:
-            found = real(TEACHERS[case].model_copy(update={"train_tokens": arguments.train_tokens}), arguments.windows)
+            found = real(
+                TEACHERS[case].model_copy(update={"train_tokens": arguments.train_tokens}),
+                arguments.windows,
+                arguments.factor,
+            )
             vocab_size = TEACHERS[case].vocab_size
         for kind, (samples, targets, draws, errors) in found.items():
             print(json.dumps(measure(case, kind, vocab_size, samples, targets, draws, errors)), flush=True)

