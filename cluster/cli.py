@@ -4,7 +4,7 @@ Imports stay light: `lectern --help` and `lectern plan` load no torch, deepspeed
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -31,6 +31,14 @@ RunDirectory = Annotated[
     typer.Option("--run-dir", metavar="URL", help="Where the run lives (default: runs/ and the name of the config)."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line; progress goes to stderr.")]
+Address = Annotated[
+    str,
+    typer.Option("--address", metavar="URL", help="The cluster's dashboard.", envvar="RAY_API_SERVER_ADDRESS"),
+]
+AnyVersion = Annotated[
+    bool, typer.Option("--any-version", help="Take a cluster whose Ray or Python is another version.")
+]
+JobAction = Literal["list", "status", "logs", "stop"]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an unexpected error.")]
 
 
@@ -256,6 +264,51 @@ def report(
     from cluster import commands
 
     _run(lambda out: commands.report(out, target, set_ or [], run_dir), as_json, debug)
+
+
+@app.command()
+def submit(
+    config: Config,
+    address: Address,
+    run_dir: Annotated[
+        str | None,
+        typer.Option("--run-dir", metavar="URL", help="Where the run lives: a store or folder that all nodes reach."),
+    ] = None,
+    set_: Set = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option("--env", metavar="NAME[=VALUE]", help="A variable that the job takes along; may be repeated."),
+    ] = None,
+    working_dir: Annotated[
+        str, typer.Option("--working-dir", metavar="FOLDER", help="What ships, less what is ignored and secret.")
+    ] = ".",
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Show the job's log until it ends.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would ship, and send nothing.")] = False,
+    any_version: AnyVersion = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Runs a config as a job on a cluster and follows its log; the same command again goes on where it ended."""
+    from cluster.submit.commands import SubmitOptions
+    from cluster.submit.commands import submit as submit_job
+
+    options = SubmitOptions(address, run_dir, set_ or [], env or [], working_dir, follow, dry_run, any_version)
+    _run(lambda out: submit_job(out, config, options), as_json, debug)
+
+
+@app.command()
+def job(
+    action: Annotated[JobAction, typer.Argument(metavar="list|status|logs|stop", help="What to do.")],
+    name: Annotated[str | None, typer.Argument(metavar="[JOB]", help="The job's id; not for list.")] = None,
+    address: Address = "http://127.0.0.1:8265",
+    any_version: AnyVersion = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Lists the jobs of a cluster, shows one's state, follows its log, or stops it."""
+    from cluster.submit.commands import job_command
+
+    _run(lambda out: job_command(out, action, name, address, any_version), as_json, debug)
 
 
 def main() -> None:

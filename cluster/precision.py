@@ -28,7 +28,7 @@ def resolve_precision(config: RunConfig) -> RunConfig:
 def _computes_bfloat16(cluster: ClusterConfig) -> bool:
     if cluster.device == "gpu":
         return True
-    if cluster.device == "auto" and (cluster.address != "local" or any(_DEVICES.glob("nvidia[0-9]*"))):
+    if cluster.device == "auto" and (cluster.joins is not None or any(_DEVICES.glob("nvidia[0-9]*"))):
         return True
     return bool(_NATIVE_FLAGS & _cpu_flags())
 

@@ -49,10 +49,10 @@ class RaySession:
 def ray_session(cluster: ClusterConfig, num_ranks: int) -> Iterator[RaySession]:
     """Give a Ray with room for `num_ranks` ranks; a local one is shut down at the end.
 
-    `cluster.address: local` always starts a Ray of its own and never joins one that was left over on the machine.
+    A Ray of its own is always started anew and never joins one that was left over on the machine.
     Raises InputError when a named cluster cannot be reached or lacks the device asked for.
     """
-    local = cluster.address == "local"
+    local = cluster.joins is None
     mark = {_MARK: secrets.token_hex(16)}
     defaults = _LOCAL_ENVIRONMENT if local else {"RAY_USAGE_STATS_ENABLED": "0"}
     if local:
@@ -86,13 +86,13 @@ def _reaper(mark: dict[str, str]) -> Iterator[None]:
 
 def _start(ray: Any, cluster: ClusterConfig, num_ranks: int) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
-    if cluster.address != "local":
-        _check_reachable(cluster.address)
+    if (address := cluster.joins) is not None:
+        _check_reachable(address)
         try:
-            ray.init(address=cluster.address, **options)
+            ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise InputError(
-                f"cluster.address {cluster.address}: no Ray cluster can be joined there ({error}); start one with "
+                f"cluster.address {address}: no Ray cluster can be joined there ({error}); start one with "
                 "`ray up ray_cluster.yaml`, or set cluster.address to local"
             ) from error
         return
@@ -127,8 +127,11 @@ def _check_reachable(address: str) -> None:
 
 
 def _device(ray: Any, cluster: ClusterConfig) -> Literal["cpu", "gpu"]:
-    num_gpus = float(ray.cluster_resources().get("GPU", 0.0))
-    if cluster.device == "gpu" and num_gpus < 1 and cluster.address == "local":
+    """What ranks run on; node types that an autoscaler may add count, so that a cluster at zero is no CPU cluster."""
+    from workers.resources import cluster_shapes
+
+    num_gpus = sum(shape.count * shape.resources.get("GPU", 0.0) for shape in cluster_shapes())
+    if cluster.device == "gpu" and num_gpus < 1 and cluster.joins is None:
         raise InputError(
             "cluster.device is gpu, but Ray sees no GPU on this machine; set it to cpu or auto, or join a cluster "
             "with cluster.address"

@@ -14,6 +14,7 @@ from cluster.rundir import RunDir
 from storage.identity import DatasetIdentity
 from storage.sample_set import SampleSet
 from storage.tokenizer import Tokenizer
+from workers.model_folder import is_hub_name
 
 
 @dataclass
@@ -68,8 +69,28 @@ class Workspace:
             num_ranks = max(teacher.ranks * teacher.replicas.max, train.workers)
             self._ray = self._stack.enter_context(ray_session(self.config.cluster, num_ranks))
             self.run.event("ray_started", device=self._ray.device, logs=self._ray.logs, local=self._ray.local)
+            if not self._ray.local:
+                task.note("asking the nodes whether they reach the run directory and the dataset")
+                self._check_nodes(self._ray.device)
             task.note("")
         return self._ray
+
+    def _check_nodes(self, device: str) -> None:
+        """Find out before any work starts whether the nodes of a joined cluster see what the run names."""
+        from cluster.reach import check_reach
+
+        config = self.config
+        places = {"--run-dir": self.run.url, "cache.url": config.cache.url}
+        if config.teacher.kind == "api" and config.budget.ledger is not None:
+            places["budget.ledger"] = config.budget.ledger
+        folders = {}
+        if config.teacher.kind == "local" and not is_hub_name(config.teacher.name):
+            folders[f"the teacher ({config.teacher.name})"] = str(self.model_folder)
+        if config.student.path is not None and not is_hub_name(config.student.path):
+            folders["student.path"] = str(Path(config.student.path).expanduser().absolute())
+        bundle = {"CPU": 1.0, "GPU": 1.0} if device == "gpu" else {"CPU": 1.0}
+        nodes = check_reach(places, folders, bundle, config.teacher.startup_timeout_s)
+        self.run.event("nodes_reach", nodes=nodes)
 
     def close_ray(self) -> None:
         """Shut a local Ray down, or leave a joined one."""

@@ -37,6 +37,12 @@ class ModelFacts:
     num_key_value_heads: int | None
 
 
+def is_hub_name(name: str) -> bool:
+    """Tell whether a model is named by its hub name `owner/name`: no folder of that name is here."""
+    plain = not name.startswith((".", "/", "~")) and name.count("/") == 1
+    return plain and not Path(name).expanduser().is_dir()
+
+
 def resolve_model(name: str, revision: str | None = None, weights: bool = True) -> Path:
     """Return the folder of a model: `name` itself, or a snapshot of that hub name.
 
@@ -45,7 +51,7 @@ def resolve_model(name: str, revision: str | None = None, weights: bool = True) 
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder.absolute()
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if not is_hub_name(name):
         raise InputError(
             f"teacher.name {name!r} is no folder; name an existing model folder, a hub model as `owner/name`, or "
             "`embedded`"

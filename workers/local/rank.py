@@ -121,8 +121,12 @@ class Rank:
         from workers.local.hooks import attention_module, check_layers
         from workers.local.memory import keep_freed_memory
         from workers.local.sharding import load_model, shard_model
+        from workers.model_folder import resolve_model
 
         keep_freed_memory()
+        if not job.model_folder.is_dir():
+            # The driver named a folder of its own node; the hub gives this node the same commit.
+            job = replace(job, model_folder=resolve_model(job.teacher.name, job.identity.teacher.revision))
         self.job, self.place = job, place
         self.device = torch.device(place.device)
         if place.num_ranks > 1:

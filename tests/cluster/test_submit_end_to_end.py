@@ -1,0 +1,210 @@
+"""A run submitted to a real Ray cluster of three nodes that wants a token: followed, left, stopped, resubmitted."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.loader import load_config
+from cluster.selection import capture_rows
+from storage.reader import Dataset
+from storage.sample_set import SampleSet
+from tests.cluster.test_end_to_end import CONFIG
+from trainer.loop import planned_order
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+HOST = """
+import json, sys, time
+from ray.cluster_utils import Cluster
+cluster = Cluster()
+head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": int(sys.argv[1])}
+cluster.add_node(**head)
+workers = [cluster.add_node(num_cpus=2) for _ in range(2)]
+print(json.dumps({"address": cluster.webui_url, "gcs": cluster.address}), flush=True)
+for line in sys.stdin:
+    cluster.remove_node(workers.pop(), allow_graceful=False)
+    print("removed", flush=True)
+cluster.shutdown()
+"""
+
+
+@dataclass
+class Site:
+    """A cluster, and a project folder on the machine that submits to it."""
+
+    address: str
+    folder: Path
+    token: str
+    process: "subprocess.Popen[str]"
+    gcs: str = ""
+    clients: list["subprocess.Popen[str]"] = field(default_factory=list)
+
+    def start(self, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+        """Start a `lectern` command in the project folder, as the user of the cluster."""
+        values = {**os.environ, "RAY_AUTH_TOKEN": self.token, "DB_PASSWORD": "correct-horse-battery", **environment}
+        command = [sys.executable, "-m", "cluster.cli", *arguments, "--address", self.address]
+        client = subprocess.Popen(
+            command, cwd=self.folder, env=values, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self.clients.append(client)
+        return client
+
+    def submit(self, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+        """Submit the project's run."""
+        return self.start(
+            "submit", "run.yaml", "--run-dir", str(self.folder / "out" / "run"), *arguments, **environment
+        )
+
+    def run(self, *arguments: str, **environment: str) -> tuple[int, str]:
+        """Run a `lectern` command to its end; returns its exit code and all that it printed."""
+        client = self.start(*arguments, **environment)
+        text, _ = client.communicate(timeout=120)
+        return client.returncode, text
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    """Start head and workers in a process of their own, with a token of their own."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    values: dict[str, Any] = {
+        **CONFIG,
+        "cache": {**CONFIG["cache"], "url": str(folder / "out" / "cache")},
+        "teacher": {**CONFIG["teacher"], "ranks": 1, "sharding": "none", "replicas": 2, "dtype": "float32"},
+        "train": {**CONFIG["train"], "steps": 10, "dtype": "float32"},
+    }
+    values["evaluate"] = {**CONFIG["evaluate"], "baseline": False}
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    (folder / ".env").write_text("KEY=the-value-in-dot-env\n")
+    (folder / ".rayignore").write_text("out/\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    token = secrets.token_hex(32)
+    environment = {
+        **os.environ,
+        "RAY_AUTH_TOKEN": token,
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "LECTERN_CACHE": str(tmp_path / "home"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": "",
+    }
+    with (tmp_path / "cluster.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOST, str(port)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+    assert process.stdin is not None and process.stdout is not None
+    facts = yaml.safe_load(process.stdout.readline())
+    made = Site(f"http://{facts['address']}", folder, token, process, facts["gcs"])
+    try:
+        yield made
+    finally:
+        for client in made.clients:
+            client.kill()
+            client.wait()
+        process.stdin.close()
+        process.wait(timeout=60)
+
+
+def wait_for(path: Path, text: str, timeout_s: float = 180) -> None:
+    """Wait until a file holds a text."""
+    deadline = time.monotonic() + timeout_s
+    while not (path.exists() and text in path.read_text()):
+        assert time.monotonic() < deadline, f"{text} did not come into {path}"
+        time.sleep(0.2)
+
+
+def test_a_run_from_a_laptop(site: Site, tmp_path: Path) -> None:
+    refused_without_the_token(site, tmp_path)
+    events = site.folder / "out" / "run" / "events.jsonl"
+
+    # Twice at once: one job, which both follow.
+    first, second = site.submit("--env", "DB_PASSWORD"), site.submit("--env", "DB_PASSWORD")
+    wait_for(events, '"unit_done"')
+
+    # Ctrl-C leaves the job running.
+    first.send_signal(signal.SIGINT)
+    left = first.communicate(timeout=30)[0]
+    assert first.returncode == 1 and "goes on" in left and "lectern job stop lectern-run-" in left
+    assert "SECRET     .env stays here (by its name)" in left
+    code, listed = site.run("job", "list")
+    assert code == 0 and listed.count("RUNNING") == 1 and listed.count("lectern-run-") == 1
+
+    # Stopped half-way: who follows is told, and how to go on.
+    name = listed.split()[0]
+    assert site.run("job", "stop", name)[0] == 0
+    told = second.communicate(timeout=60)[0]
+    assert second.returncode == 1 and "was stopped; what it committed is kept" in told
+    assert "STOPPED" in site.run("job", "status", name)[1]
+    scored = len(list((site.folder / "out" / "cache" / "manifest").iterdir()))
+    assert scored >= 1
+
+    # Resubmitted, a worker dies: the job ends well all the same, and scores nothing twice.
+    third = site.submit("--env", "DB_PASSWORD")
+    wait_for(events, '"train_start"')
+    assert site.process.stdin is not None and site.process.stdout is not None
+    site.process.stdin.write("remove\n")
+    site.process.stdin.flush()
+    text = third.communicate(timeout=400)[0]
+    assert third.returncode == 0, text[-3000:]
+    assert "SUCCEEDED" in text and "exit code 0" in text
+    assert "correct-horse-battery" not in left + told + text
+
+    same_as_on_one_machine(site)
+    nothing_secret_is_written(site)
+
+
+def refused_without_the_token(site: Site, tmp_path: Path) -> None:
+    code, text = site.run("job", "list", RAY_AUTH_TOKEN="0" * 64)
+    assert code == 2 and "refuses the token" in text and text.count("error: ") == 1
+    code, text = site.run("job", "list", RAY_AUTH_TOKEN="", RAY_AUTH_MODE="", HOME=str(tmp_path))
+    assert code == 2 and "wants a token and none was found" in text
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{site.address}/api/jobs/")
+    assert refused.value.code == 401
+    # The dashboard listens on loopback alone.
+    other = next((a for *_, (a, *_) in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)), "127.0.0.1")
+    if not other.startswith("127."):
+        with pytest.raises(OSError):
+            socket.create_connection((other, int(site.address.rpartition(":")[2])), timeout=2).close()
+
+
+def same_as_on_one_machine(site: Site) -> None:
+    """Every sample once, and the order that one process would have drawn."""
+    config = load_config(str(site.folder / "run.yaml"))
+    samples = SampleSet.open(str(site.folder / "out" / "run" / "samples"))
+    rows = capture_rows(samples, config.evaluate.samples_per_source)
+    dataset = Dataset.open(config.cache.url)
+    assert not len(dataset.missing(samples.ids(rows)))
+    assert dataset.totals().samples == len(rows)
+    expected = planned_order(samples, config.curriculum, config.train).digest().hex()
+    result = yaml.safe_load((site.folder / "out" / "run" / "stages" / "student.json").read_text())["result"]
+    assert result["order_digest"] == expected
+
+
+def nothing_secret_is_written(site: Site) -> None:
+    """No file of the run or of the jobs' working directories holds what was to stay, or to be shown nowhere."""
+    told = [b"correct-horse-battery", b"the-value-in-dot-env", site.token.encode()]
+    for path in (site.folder / "out").rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            assert not [secret for secret in told if secret in data], path
