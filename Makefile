@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Where this is set, as in many container images, each of a run's processes compiles torch and transformers anew: 10 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test unit slow lint bench clean
+.PHONY: demo test unit slow lint audit bench clean
 
 .venv/bin/uv: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -37,6 +37,10 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Asks PyPI about every pinned package: needs the network, and its answer changes without a change here; so no part of lint.
+audit: .venv/bin/uv
+	$(BIN)/uv tool run pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 bench: .venv/dev.stamp
 	for b in $$(ls benchmarks/*.py | grep -v -e soak -e light_rank); do PYTHONPATH=. $(BIN)/python $$b || exit 1; done

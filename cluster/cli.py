@@ -52,10 +52,14 @@ def plan(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the config and end.")] = False,
     rate: Annotated[
         float | None,
-        typer.Option("--tokens-per-s", metavar="N", min=0.001, help="Rate of the teacher, for the hours."),
+        typer.Option("--tokens-per-s", metavar="N", min=0.001, help="Rate of the whole teacher, for its hours."),
+    ] = None,
+    train_rate: Annotated[
+        float | None,
+        typer.Option("--train-tokens-per-s", metavar="N", min=0.001, help="Rate of a training, for its hours."),
     ] = None,
 ) -> None:
-    """What a run would do and cost: samples, tokens, units, bytes, teacher-hours. Runs no model."""
+    """What a run would do and cost: samples, tokens, units, bytes, hours and prices of machines. Runs no model."""
     from cluster import commands
 
     if schema:
@@ -64,7 +68,7 @@ def plan(
     if config is None:
         raise typer.BadParameter("name a config, or ask for --schema", param_hint="CONFIG")
     path = config
-    _run(lambda out: commands.plan(out, path, set_ or [], run_dir, rate), as_json, debug)
+    _run(lambda out: commands.plan(out, path, set_ or [], run_dir, rate, train_rate), as_json, debug)
 
 
 @app.command()

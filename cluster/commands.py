@@ -20,19 +20,26 @@ def print_schema() -> None:
 
 
 def plan(
-    out: Terminal, path: str, overrides: Sequence[str], run_dir: str | None, tokens_per_s: float | None
+    out: Terminal,
+    path: str,
+    overrides: Sequence[str],
+    run_dir: str | None,
+    capture_rate: float | None = None,
+    train_rate: float | None = None,
 ) -> dict[str, Any]:
-    """Show what a run would do."""
+    """Show what a run would do and cost, and keep it for the run's report."""
     config = load_config(path, overrides)
     from cluster.api_plan import api_plan, awaits_completions
-    from cluster.plan import make_plan
+    from cluster.plan import Rates, keep_plan, make_plan
     from cluster.tables import show_api_plan, show_plan
 
     if awaits_completions(config):
         spending = api_plan(config, 0, 0)
         show_api_plan(out, spending)
         return {"api": spending}
-    found = make_plan(config, _run_dir(out, path, run_dir), tokens_per_s)
+    run = _run_dir(out, path, run_dir)
+    found = make_plan(config, run, Rates(capture_rate, train_rate))
+    keep_plan(run, found)
     show_plan(out, found)
     return found.to_json()
 

@@ -18,8 +18,32 @@ _JOB_VARIABLES = {"RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"}
 """What Ray sets in the process of a submitted job."""
 
 
+class NodeTypeConfig(Settings):
+    """One sort of machine that a cluster has or may add."""
+
+    resources: dict[str, float] = Field(default_factory=dict)
+    """What one node offers, as its launch file says, e.g. `{CPU: 48, GPU: 4}`; tells how many ranks fill it."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Labels of its nodes; a stage that is placed here goes to nodes that carry all of them."""
+    price_per_hour: float = Field(default=0.0, ge=0.0)
+    """Price of one node for an hour, in `budget.currency`."""
+
+
+class PlacementConfig(Settings):
+    """Which of `node_types` a stage runs on; none leaves the choice to Ray."""
+
+    capture: str | None = None
+    """Ranks of a local teacher, e.g. cheap spot GPUs: a lost node costs the units that it was scoring."""
+    train: str | None = None
+    """Ranks of student and baseline: machines that stay."""
+    evaluate: str | None = None
+    """The evaluation, one process."""
+    head: str | None = None
+    """The head node, which is there all the time: for its price."""
+
+
 class ClusterConfig(Settings):
-    """Where the work runs."""
+    """Where the work runs, and what it costs there."""
 
     address: str = "here"
     """`here`: the cluster whose job this is, else a Ray of its own; `local`: always a Ray of its own; `auto` or
@@ -28,10 +52,44 @@ class ClusterConfig(Settings):
     """CPUs of the local Ray; none means those of the machine."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """What ranks run on; `auto` takes GPUs where the cluster has them."""
+    allowed_urls: list[str] = Field(default_factory=list)
+    """Where sources and prompts may lie: URLs or folders and all below, e.g. `s3://bucket/data`; none allows all."""
     env: list[str] = Field(default_factory=list)
     """Names of environment variables that `lectern submit` takes along, e.g. `HF_TOKEN`; never their values."""
     price_per_hour: float = Field(default=0.0, ge=0.0)
-    """Price per hour of the machines of one teacher replica, in `budget.currency`."""
+    """Price per hour of the machines of one teacher replica, in `budget.currency`; where `placement.capture` names a
+    node type, its price counts instead."""
+    node_types: dict[str, NodeTypeConfig] = Field(default_factory=dict)
+    """The machines by name, e.g. those of `ray_cluster.yaml`."""
+    placement: PlacementConfig = PlacementConfig()
+    """Which machines the stages run on."""
+    storage_price_per_gb_month: float = Field(default=0.0, ge=0.0)
+    """Price of keeping a gigabyte (10⁹ bytes) of the dataset for a month, in `budget.currency`."""
+
+    @model_validator(mode="after")
+    def _placement_names_node_types(self) -> Self:
+        for stage in PlacementConfig.model_fields:
+            name = getattr(self.placement, stage)
+            if name is not None and name not in self.node_types:
+                known = ", ".join(self.node_types) or "there are none"
+                raise ValueError(f"cluster.placement.{stage} = {name!r} is not in cluster.node_types ({known})")
+        return self
+
+    def node_type(self, stage: str) -> NodeTypeConfig | None:
+        """Return the machines of a stage (`capture`, `train`, `evaluate`, `head`), where the config names them."""
+        name = getattr(self.placement, stage)
+        return None if name is None else self.node_types[name]
+
+    def labels(self, stage: str) -> dict[str, str]:
+        """Return the labels that the nodes of a stage must carry; none where any node will do."""
+        found = self.node_type(stage)
+        return {} if found is None else dict(found.labels)
+
+    @property
+    def uses_gpus(self) -> bool:
+        """Tell whether ranks run on GPUs, as far as the config says."""
+        has_gpus = any(node_type.resources.get("GPU") for node_type in self.node_types.values())
+        return self.device == "gpu" or (self.device == "auto" and has_gpus)
 
     @property
     def joins(self) -> str | None:

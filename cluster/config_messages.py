@@ -71,21 +71,24 @@ def _describe_unknown(loc: Sequence[str | int]) -> str:
 
 
 def _model_at(section: Sequence[str]) -> type[BaseModel] | None:
-    """Return the config model that a path leads to; list indexes are passed over."""
+    """Return the config model that a path leads to; list indexes and the user's own names are passed over."""
     model: type[BaseModel] | None = RunConfig
+    is_name = False
     for part in section:
-        if part.isdigit():
+        if is_name or part.isdigit():
+            is_name = False
             continue
         if model is None or part not in model.model_fields:
             return None
-        model = _inner_model(model.model_fields[part].annotation)
+        annotation = model.model_fields[part].annotation
+        model, is_name = _inner_model(annotation), get_origin(annotation) is dict
     return model
 
 
 def _inner_model(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if get_origin(annotation) in {list, Union, UnionType, Annotated}:
+    if get_origin(annotation) in {list, dict, Union, UnionType, Annotated}:
         for argument in get_args(annotation):
             if (found := _inner_model(argument)) is not None:
                 return found

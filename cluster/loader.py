@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from cluster.config import RunConfig
 from cluster.config_messages import describe
 from cluster.precision import resolve_precision
+from cluster.urls import check_urls
 from storage.errors import InputError
 
 
@@ -64,7 +65,9 @@ def check_config(values: dict[str, Any], where: str) -> RunConfig:
     Raises InputError that lists every problem in one message.
     """
     try:
-        return resolve_precision(RunConfig.model_validate(values))
+        config = RunConfig.model_validate(values)
+        check_urls(config)
+        return resolve_precision(config)
     except ValidationError as error:
         problems = [describe(detail) for detail in error.errors(include_url=False)]
     if len(problems) == 1:

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from cluster.config import RunConfig
+from cluster.plan import PLAN_KEY, keep_plan, make_plan
 from cluster.progress import Progress
 from cluster.rundir import RunDir
 from cluster.stages.capture import capture, open_dataset
@@ -30,12 +31,16 @@ def run_pipeline(config: RunConfig, run: RunDir, progress: Progress, until: str)
         run.event("command_started", command=until)
         prepare(work)
         teacher(work)
+        if until == "run" and not run.store.exists(PLAN_KEY):
+            keep_plan(run, make_plan(config, run))
         if until in {"capture", "run"}:
             figures["capture"] = capture(work)
         if until in {"train", "run"}:
             for name in names:
                 figures[name] = train(work, name)
-        work.close_ray()
+        if config.cluster.joins is None:
+            # An evaluation of one machine runs in this process: Ray would only take its memory.
+            work.close_ray()
         if until in {"evaluate", "run"}:
             figures["eval"] = evaluate(work, names)
         if until == "run":

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from cluster.api_plan import api_plan
@@ -16,8 +17,9 @@ from cluster.checks import (
     uses_chat_template,
 )
 from cluster.config import RunConfig
+from cluster.pricing import RunCost, stage_costs
 from cluster.rundir import RunDir
-from cluster.selection import capture_rows
+from cluster.selection import capture_rows, heldout_rows
 from storage.identity import DatasetIdentity
 from storage.reader import Dataset
 from storage.sample_set import SampleSet, prepare_samples
@@ -73,6 +75,8 @@ class Plan:
     """Samples that training consumes, repeats counted."""
     passes: dict[str, float]
     """How often training passes over each source."""
+    money: dict[str, Any]
+    """What machines, API and storage cost; see `pricing.RunCost`."""
     api: dict[str, Any] | None = None
     """What a teacher behind an API would cost; see `api_plan.api_plan`."""
     checks: list[str] = field(default_factory=list)
@@ -85,13 +89,24 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(config: RunConfig, run: RunDir, tokens_per_s: float | None = None) -> Plan:
+PLAN_KEY = "plan.json"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Tokens per second of all machines of a stage together; None takes an earlier run's, where there is one."""
+
+    capture: float | None = None
+    train: float | None = None
+
+
+def make_plan(config: RunConfig, run: RunDir, rates: Rates = Rates()) -> Plan:
     """Prepare the samples in the run directory, where `run` finds them again, and count what is to be done.
 
     Args:
         config: the checked config.
-        run: where samples are kept, and where the rate of an earlier capture is looked up.
-        tokens_per_s: rate of the whole teacher; overrides the earlier one.
+        run: where samples are kept, and where the rates of earlier stages are looked up.
+        rates: of teacher and training; override the earlier ones.
 
     Raises:
         InputError: anything that `run` would refuse before it spends something.
@@ -109,9 +124,14 @@ def make_plan(config: RunConfig, run: RunDir, tokens_per_s: float | None = None)
     units = plan_units(missing, samples.num_tokens, samples.sample_ids, fingerprint, config.cache.unit_tokens, rows)
     measured = dataset is not None and dataset.totals().supervised > 0
     per_token = dataset.totals().bytes_per_token if dataset and measured else _estimate(config, tokenizer)
-    rate = tokens_per_s or _known_rate(run)
+    rate = rates.capture or _known_rate(run)
     missing_tokens = int(samples.num_tokens[missing].sum())
     hours = missing_tokens / rate / 3600 * config.teacher.replicas.max if rate else None
+    expected_bytes = round(per_token * int(samples.num_supervised[missing].sum()))
+    passes = source_passes(config, samples)
+    api = api_plan(config, len(missing), missing_tokens) if config.teacher.kind == "api" else None
+    held = dataset.totals().bytes if dataset is not None else 0
+    money = _money(config, run, samples, Rates(rate, rates.train), missing_tokens, passes, api, held + expected_bytes)
     return Plan(
         sources=samples.summary(),
         samples=len(rows),
@@ -121,20 +141,68 @@ def make_plan(config: RunConfig, run: RunDir, tokens_per_s: float | None = None)
         missing_samples=len(missing),
         missing_tokens=missing_tokens,
         units=len(units),
-        expected_bytes=round(per_token * int(samples.num_supervised[missing].sum())),
+        expected_bytes=expected_bytes,
         bytes_per_token=round(per_token, 2),
         bytes_measured=measured,
         tokens_per_s=rate,
         teacher_hours=None if hours is None else round(hours, 4),
-        cost=None if hours is None else round(hours * config.cluster.price_per_hour, 4),
+        cost=next((stage["cost"] for stage in money["stages"] if stage["stage"] == "capture"), None),
         currency=config.budget.currency,
         steps=config.train.steps,
         train_samples=config.train.steps * config.train.global_batch_size,
-        passes={name: round(times, 2) for name, times in source_passes(config, samples).items()},
-        api=api_plan(config, len(missing), missing_tokens) if config.teacher.kind == "api" else None,
+        passes={name: round(times, 2) for name, times in passes.items()},
+        money=money,
+        api=api,
         checks=checks,
         unknown=unknown,
     )
+
+
+def _money(
+    config: RunConfig,
+    run: RunDir,
+    samples: SampleSet,
+    rates: Rates,
+    missing_tokens: int,
+    passes: dict[str, float],
+    api: dict[str, Any] | None,
+    dataset_bytes: int,
+) -> dict[str, Any]:
+    """The cost of the whole run, as JSON values."""
+    cluster = config.cluster
+    drawn = sum(times * int(samples.num_tokens[samples.rows("train", name)].sum()) for name, times in passes.items())
+    held_out = sum(
+        int(samples.num_tokens[rows].sum())
+        for rows in heldout_rows(samples, config.evaluate.samples_per_source).values()
+    )
+    models = 2 if config.evaluate.baseline else 1
+    stages = stage_costs(
+        cluster,
+        capture_tokens=0 if config.teacher.kind == "api" else missing_tokens,
+        capture_rate=rates.capture,
+        ranks=config.teacher.ranks,
+        replicas=config.teacher.replicas.max,
+        train_tokens=round(drawn),
+        train_rate=rates.train or _train_rate(run),
+        workers=config.train.workers,
+        trainings=models,
+        evaluate_tokens=held_out * models,
+    )
+    head = cluster.node_type("head")
+    prices = [cluster.price_per_hour, cluster.storage_price_per_gb_month]
+    prices += [node_type.price_per_hour for node_type in cluster.node_types.values()]
+    cost = RunCost(
+        currency=config.budget.currency,
+        stages=stages,
+        head_price_per_hour=head.price_per_hour if head is not None else 0.0,
+        api_expected=api["expected"] if api else 0.0,
+        api_worst=api["worst"] if api else 0.0,
+        dataset_bytes=dataset_bytes,
+        storage_price_per_gb_month=cluster.storage_price_per_gb_month,
+        priced=any(prices) or bool(api and api["priced"]),
+        unknown=[stage.stage for stage in stages if stage.tokens_per_s is None],
+    )
+    return cost.to_json()
 
 
 def _tokenizer(config: RunConfig, checks: list[str]) -> Tokenizer:
@@ -218,3 +286,16 @@ def _known_rate(run: RunDir) -> float | None:
     result = run.result("capture") or {}
     rate = result.get("last", {}).get("tokens_per_s")
     return float(rate) if rate else None
+
+
+def _train_rate(run: RunDir) -> float | None:
+    """Rate of the last training in this run directory."""
+    rate = (run.result("student") or {}).get("tokens_per_s")
+    return float(rate) if rate else None
+
+
+def keep_plan(run: RunDir, plan: Plan) -> None:
+    """Keep a plan for the report, which compares it with what happened; one with nothing left to do replaces none."""
+    if plan.missing_samples or not run.store.exists(PLAN_KEY):
+        facts = {"made": datetime.now(UTC).isoformat(timespec="milliseconds"), **plan.to_json()}
+        run.store.write(PLAN_KEY, json.dumps(facts, indent=1).encode() + b"\n")

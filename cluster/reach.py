@@ -67,9 +67,13 @@ def answer(question: Question, node: str) -> list[str]:
 
 
 def check_reach(
-    places: Mapping[str, str], folders: Mapping[str, str], bundle: Mapping[str, float], timeout_s: float
+    places: Mapping[str, str],
+    folders: Mapping[str, str],
+    bundle: Mapping[str, float],
+    timeout_s: float,
+    labels: Mapping[str, str] | None = None,
 ) -> int:
-    """Ask the nodes that are there, and one that has the resources of a rank; returns how many answered.
+    """Ask the nodes that are there, and one that has the resources and labels of a rank; returns how many answered.
 
     Ray must be running. Waiting for the latter makes an autoscaler add the node that the work needs anyway.
 
@@ -85,9 +89,9 @@ def check_reach(
         ask.options(num_cpus=0, max_retries=2, scheduling_strategy=OnNode(node["NodeID"], soft=False)).remote(question)
         for node in alive[:MAX_NODES]
     ]
-    if not any(_holds(node["Resources"], bundle) for node in alive):
-        gpus = bundle.get("GPU", 0.0)
-        asked.append(ask.options(num_cpus=bundle.get("CPU", 1.0), num_gpus=gpus, max_retries=2).remote(question))
+    if not any(_holds(node["Resources"], bundle) and _carries(node, labels or {}) for node in alive):
+        needs = {"num_cpus": bundle.get("CPU", 1.0), "num_gpus": bundle.get("GPU", 0.0)}
+        asked.append(ask.options(**needs, max_retries=2, label_selector=dict(labels or {}) or None).remote(question))
     try:
         answers = ray.get(asked, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError as error:
@@ -107,6 +111,10 @@ def _on_node(question: Question) -> tuple[str, str, list[str]]:
 
     node = str(ray.get_runtime_context().get_node_id())
     return node, str(ray.util.get_node_ip_address()), answer(question, node)
+
+
+def _carries(node: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    return labels.items() <= (node.get("Labels") or {}).items()
 
 
 def _holds(resources: Mapping[str, float], bundle: Mapping[str, float]) -> bool:

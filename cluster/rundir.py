@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -36,6 +37,7 @@ class RunDir:
         self.url = self.store.url
         self.is_local = self.store.is_local
         self._events: list[str] = []
+        self._lock = threading.Lock()
         self._uploaded_at = 0.0
 
     def path(self, key: str) -> str:
@@ -59,6 +61,10 @@ class RunDir:
         """Append one line to events.jsonl: `{"time": …, "event": name, …facts}`."""
         moment = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": moment, "event": name, **facts}, default=str)
+        with self._lock:
+            self._append(line)
+
+    def _append(self, line: str) -> None:
         if self.is_local:
             path = Path(self.path(EVENTS_KEY))
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,10 +76,14 @@ class RunDir:
             self._events = before.decode().splitlines()
         self._events.append(line)
         if time.monotonic() - self._uploaded_at > _UPLOAD_EVERY_S:
-            self.flush()
+            self._upload()
 
     def flush(self) -> None:
         """Upload events that an object store has not yet; a local file is always up to date."""
+        with self._lock:
+            self._upload()
+
+    def _upload(self) -> None:
         if self._events:
             self.store.write(EVENTS_KEY, ("\n".join(self._events) + "\n").encode())
             self._uploaded_at = time.monotonic()

@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from cluster.sample_view import SampleView
 
 
+_TEXT_COLUMNS = {
+    *("run", "source", "split", "held-out", "column", "token", "teacher's first choices", "stage", "node type"),
+}
+
+
 def show_plan(out: Terminal, plan: "Plan") -> None:
     """Print a plan."""
     sources = _table("source", "split", "samples", "tokens", "supervised")
@@ -38,10 +43,41 @@ def show_plan(out: Terminal, plan: "Plan") -> None:
     passes = ", ".join(f"{times:.2f} × {name}" for name, times in plan.passes.items())
     facts.add_row("training", f"{plan.steps:,} steps, {plan.train_samples:,} samples: {passes}")
     out.show(facts)
+    show_money(out, plan.money)
     for check in plan.checks:
         out.say(f"  ✓ {check}")
     for gap in plan.unknown:
         out.say(f"  ? {gap}")
+
+
+def show_money(out: Terminal, money: dict[str, Any]) -> None:
+    """Print what a run costs; see `pricing.RunCost`."""
+    if not money["priced"] and not money["hours"]:
+        return
+    currency = money["currency"]
+    table = _table("stage", "tokens", "tokens/s", "hours", "nodes", "node type", "price per hour", currency)
+    for stage in money["stages"]:
+        hours, cost = (_known(stage[key], ".3g") for key in ("hours", "cost"))
+        rate = "–" if stage["tokens_per_s"] is None else count(stage["tokens_per_s"])
+        kind = stage["node_type"] or "any"
+        price = f"{stage['price_per_hour']:,.4g}"
+        table.add_row(stage["stage"], count(stage["tokens"]), rate, hours, str(stage["nodes"]), kind, price, cost)
+    out.show(table)
+    if money["priced"]:
+        span = f"{money['expected']:,.4g} {currency}"
+        if money["api_worst"]:
+            span += f" expected, {money['worst']:,.4g} at worst"
+        facts = _facts()
+        facts.add_row("machines", f"{money['machines']:,.4g} {currency}, {money['head']:,.4g} of it for the head node")
+        facts.add_row("together", span)
+        kept = size(money["dataset_bytes"])
+        facts.add_row("storage", f"{money['storage_per_month']:,.4g} {currency} a month for {kept}")
+        out.show(facts)
+    if money["unknown"]:
+        out.say(
+            f"  ? hours of {', '.join(money['unknown'])}: no rate is known yet; give --tokens-per-s and "
+            "--train-tokens-per-s, or run a part first"
+        )
 
 
 def show_api_plan(out: Terminal, api: dict[str, Any]) -> None:
@@ -80,8 +116,7 @@ def _caps(api: dict[str, Any]) -> str:
 def _hours(plan: "Plan") -> str:
     if plan.teacher_hours is None:
         return "unknown until a capture ran here; give a rate with --tokens-per-s"
-    cost = f", {plan.cost:,.2f} {plan.currency}" if plan.cost else ""
-    return f"{plan.teacher_hours:.3g} at {count(plan.tokens_per_s or 0)} tokens/s{cost}"
+    return f"{plan.teacher_hours:.3g} at {count(plan.tokens_per_s or 0)} tokens/s"
 
 
 def show_result(out: Terminal, figures: dict[str, Any]) -> None:
@@ -256,8 +291,7 @@ def _table(*columns: str) -> Any:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
     for name in columns:
-        text = name in {"run", "source", "split", "held-out", "column", "token", "teacher's first choices"}
-        table.add_column(name, justify="left" if text else "right")
+        table.add_column(name, justify="left" if name in _TEXT_COLUMNS else "right")
     return table
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import RunConfig
+from cluster.nodes import node_watch
 from cluster.progress import Progress, Shown
 from cluster.ray_session import RaySession, ray_session
 from cluster.rundir import RunDir
@@ -71,14 +72,17 @@ class Workspace:
             self.run.event("ray_started", device=self._ray.device, logs=self._ray.logs, local=self._ray.local)
             if not self._ray.local:
                 task.note("asking the nodes whether they reach the run directory and the dataset")
+                self._stack.enter_context(node_watch(self.config.cluster, self.run.event))
                 self._check_nodes(self._ray.device)
             task.note("")
         return self._ray
 
     def _check_nodes(self, device: str) -> None:
         """Find out before any work starts whether the nodes of a joined cluster see what the run names."""
+        from cluster.placement import check_placement
         from cluster.reach import check_reach
 
+        check_placement(self.config.cluster)
         config = self.config
         places = {"--run-dir": self.run.url, "cache.url": config.cache.url}
         if config.teacher.kind == "api" and config.budget.ledger is not None:
@@ -89,7 +93,8 @@ class Workspace:
         if config.student.path is not None and not is_hub_name(config.student.path):
             folders["student.path"] = str(Path(config.student.path).expanduser().absolute())
         bundle = {"CPU": 1.0, "GPU": 1.0} if device == "gpu" else {"CPU": 1.0}
-        nodes = check_reach(places, folders, bundle, config.teacher.startup_timeout_s)
+        labels = config.cluster.labels("capture")
+        nodes = check_reach(places, folders, bundle, config.teacher.startup_timeout_s, labels)
         self.run.event("nodes_reach", nodes=nodes)
 
     def close_ray(self) -> None:

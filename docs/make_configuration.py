@@ -33,6 +33,10 @@ SCHEDULES = """Where a type says *schedule*, the value may be one number, or cha
 `learning_rate: {shape: warmup_stable_decay, start: 1.0e-3, end: 1.0e-5, begin: 0.02, finish: 0.8}`."""
 
 
+MANY = {list: ("list", ".N"), dict: ("mapping of names to sections", ".NAME")}
+"""Collections of sections: what they are called, and how the path of one item ends."""
+
+
 def page() -> str:
     """Return the whole page as Markdown."""
     parts = [HEAD, f"## Schedules\n\n{SCHEDULES}\n\n{table(ScheduleConfig, '…')}"]
@@ -58,10 +62,10 @@ def keys(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, s
         if inner in (None, ScheduleConfig):
             yield path, type_text(field), default_text(field), paragraph(field.description).replace("|", "\\|")
             continue
-        many = get_origin(field.annotation) is list
-        if many:
-            yield path, "list", default_text(field), paragraph(field.description)
-        yield from keys(inner, f"{path}.N" if many else path)
+        kind, item = MANY.get(get_origin(field.annotation), ("", ""))
+        if kind:
+            yield path, kind, default_text(field), paragraph(field.description)
+        yield from keys(inner, path + item)
 
 
 def type_text(field: FieldInfo) -> str:

@@ -5,7 +5,7 @@ is missing. Work in flight is bounded; nothing bigger than a receipt comes throu
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,7 @@ def capture(
     price_per_hour: float = 0.0,
     rank_class: type[Rank] = Rank,
     may_grow: bool = False,
+    labels: Mapping[str, str] | None = None,
 ) -> CaptureResult:
     """Score the samples at `rows` that the dataset lacks; Ray must be running.
 
@@ -126,6 +127,7 @@ def capture(
         price_per_hour: of one replica's machines, for the cost of idle time.
         rank_class: the actor class of a rank; another one may score in another way.
         may_grow: whether Ray is a cluster that an autoscaler may add nodes to.
+        labels: what the nodes of the ranks must carry.
 
     Raises:
         InputError: the model, the dataset or a setting is wrong, or no node can hold a rank.
@@ -164,7 +166,7 @@ def capture(
 
     def make(number: int, _kind: ReplicaKind, post: Post) -> LocalReplica:
         smaller = replace(job, teacher=teacher.model_copy(update={"batch_tokens": batches.tokens}))
-        return LocalReplica(number, smaller, on_device, strategy, batches.watch(post), rank_class)
+        return LocalReplica(number, smaller, on_device, strategy, batches.watch(post), rank_class, labels)
 
     # Two captures of the same dataset begin at different places, so that each finds the other's units done.
     ordered = units.rotated(random.SystemRandom().randrange(len(units)))

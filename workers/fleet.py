@@ -7,7 +7,7 @@ replica with it, and the coordinator makes a new one in its place.
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -75,10 +75,21 @@ class LocalReplica:
     """One copy of the teacher; keeps `workers.replica.Replica`."""
 
     def __init__(
-        self, number: int, job: CaptureJob, device: str, strategy: str, post: Post, rank_class: type[Rank] = Rank
+        self,
+        number: int,
+        job: CaptureJob,
+        device: str,
+        strategy: str,
+        post: Post,
+        rank_class: type[Rank] = Rank,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
-        """`device` is `cpu` or `cuda`, `strategy` the placement group's; `rank_class` may score in another way."""
+        """`device` is `cpu` or `cuda`, `strategy` the placement group's; `rank_class` may score in another way.
+
+        `labels` are those that a node must carry to hold a rank.
+        """
         self.number, self.job, self.device, self.strategy, self.post = number, job, device, strategy, post
+        self._labels = dict(labels or {})
         self._rank_class = rank_class
         self._ranks: list[Any] = []
         self._group: PlacementGroup | None = None
@@ -87,7 +98,9 @@ class LocalReplica:
     def start(self) -> None:
         """Ask the cluster for the resources; a pending placement group is what an autoscaler looks at."""
         num_ranks = self.job.teacher.ranks
-        self._group = placement_group([rank_bundle(self.device)] * num_ranks, strategy=self.strategy)
+        selectors = [self._labels] * num_ranks if self._labels else None
+        bundles = [rank_bundle(self.device)] * num_ranks
+        self._group = placement_group(bundles, strategy=self.strategy, bundle_label_selector=selectors)
         self._ranks = [self._actor(index) for index in range(num_ranks)]
         self._then([rank.address.remote() for rank in self._ranks], self._load)
 

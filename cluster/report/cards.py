@@ -1,4 +1,4 @@
-"""The run at a glance: eight figures."""
+"""The run at a glance."""
 
 from typing import Any
 
@@ -18,6 +18,9 @@ def cards(summary: dict[str, Any]) -> list[Card]:
         _scored(summary["cache"]),
         _capture(summary["capture"]),
         _training(summary["train"]),
+        _time(summary["run"]),
+        _spent(summary["cost"]),
+        _survived(summary["failures"]),
     ]
     return [card for card in made if card is not None]
 
@@ -100,3 +103,22 @@ def _training(train: dict[str, Any]) -> Card | None:
     parts += [f"in {duration(train['seconds'])}"] if train.get("seconds") else []
     parts += [f"{100 * waited:.1f}% waiting for data"] if waited is not None else []
     return _card("Training", count(train["tokens_per_s"]), "tokens/s", ", ".join(parts))
+
+
+def _time(run: dict[str, Any]) -> Card | None:
+    return _card("Time at work", duration(run["hours"] * 3600), note="pauses left out") if run["hours"] else None
+
+
+def _spent(cost: dict[str, Any]) -> Card | None:
+    if not cost["spent"]:
+        return None
+    parts = [f"machines {cost['machines']:,.2f}"] if cost["machines"] else []
+    parts += [f"API {cost['api']:,.2f}"] if cost["api"] else []
+    parts += [f"cap {cost['cap']:,.2f}"] if cost["cap"] else []
+    return _card("Spent", f"{cost['spent']:,.2f}", cost["currency"], ", ".join(parts))
+
+
+def _survived(failures: list[dict[str, str]]) -> Card | None:
+    if not failures:
+        return None
+    return _card("Failures survived", f"{len(failures):,}", note="each is listed below, with what became of it")

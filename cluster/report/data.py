@@ -1,5 +1,6 @@
 """Everything the report shows, read back from a run directory and its dataset."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,7 +8,10 @@ from typing import Any
 import numpy as np
 
 from cluster.config import RunConfig
-from cluster.rundir import METRICS_KEY, RESOLVED_KEY, RunDir
+from cluster.plan import PLAN_KEY
+from cluster.report.outcome import compare, machine_cost
+from cluster.report.timeline import Timeline, failures, spending, timeline
+from cluster.rundir import EVENTS_KEY, METRICS_KEY, RESOLVED_KEY, RunDir
 from cluster.sample_view import SampleView, view_sample
 from cluster.stages.ledger import spent_by
 from storage.columns import column_bytes
@@ -49,6 +53,10 @@ class ReportData:
     """What the HTML is drawn from; `summary` is report.json."""
 
     summary: dict[str, Any]
+    line: Timeline
+    """The run over time."""
+    spent: list[tuple[float, float]]
+    """(hours of work, price of the machines so far); empty where nothing has a price."""
     curves: Mapping[str, list[dict[str, Any]]]
     """Lines of metrics.jsonl by run, in order of their steps."""
     mixture: list[dict[str, Any]]
@@ -65,9 +73,13 @@ def collect(run: RunDir, config: RunConfig, dataset: Dataset, tokenizer: Tokeniz
     """Read what the stages of a run left behind. What has not run yet is left out, never guessed."""
     results = {stage: run.result(stage) or {} for stage in STAGES}
     curves = curves_of(run.lines(METRICS_KEY))
+    events = run.lines(EVENTS_KEY)
+    line = timeline(events)
+    cost = _cost(config, run, line)
+    prices = {name: kind.price_per_hour for name, kind in config.cluster.node_types.items()}
     mixture = results["student"].get("mixture") or mixture_of(curves.get("student", []))
     summary = {
-        "run": {"url": run.store.shown(), "seconds": stage_seconds(run)},
+        "run": {"url": run.store.shown(), "seconds": stage_seconds(run), "hours": round(line.hours, 4)},
         "teacher": {key: results["teacher"].get(key) for key in ("name", "path", "fingerprint", "parameters")},
         "student": {"path": results["student"].get("path"), "parameters": results["student"].get("parameters")},
         "cache": _cache(dataset, results["capture"]),
@@ -75,14 +87,18 @@ def collect(run: RunDir, config: RunConfig, dataset: Dataset, tokenizer: Tokeniz
         "data": results["prepare"],
         "train": _train(results["student"], mixture),
         "eval": {name: results["evaluate"].get(name) for name in ("teacher", "student", "baseline")},
-        "cost": _cost(config, run),
+        "cost": {key: cost[key] for key in ("currency", "spent", "reserved", "cap", "machines", "api")},
+        "plan": compare(_plan(run), events, line.stage_seconds, cost),
+        "nodes": {name: round(hours, 4) for name, hours in line.node_hours.items()},
+        "failures": failures(events),
     }
+    spent = spending(line, prices, config.cluster.price_per_hour) if cost["machines"] else []
     raw = run.store.read_if_exists(RESOLVED_KEY) or b""
     shown = results["evaluate"].get("shown", [])
     union = DatasetUnion([dataset, *(Dataset.open(url) for url in config.cache.also)])
     views = sample_views(union, tokenizer, [entry["sample_id"] for entry in shown])
     student = {entry["sample_id"]: student_tokens(entry["tokens"], tokenizer) for entry in shown}
-    return ReportData(summary, curves, mixture, column_bytes(dataset), views, student, raw.decode())
+    return ReportData(summary, line, spent, curves, mixture, column_bytes(dataset), views, student, raw.decode())
 
 
 def curves_of(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -159,17 +175,28 @@ def _train(student: dict[str, Any], mixture: list[dict[str, Any]]) -> dict[str, 
     return {**kept, "mixture": mixture}
 
 
-def _cost(config: RunConfig, run: RunDir) -> dict[str, Any]:
-    """A teacher behind an API costs what its ledger says; a local one the time that machines ran, at their price."""
+def _cost(config: RunConfig, run: RunDir, line: Timeline) -> dict[str, Any]:
+    """What machines and API came to: `spent` is both. An API costs what its ledger says."""
+    machines = round(machine_cost(config.cluster, line), 6)
+    api, reserved = 0.0, 0.0
     if config.teacher.kind == "api":
         totals = spent_by(config, run)
-        spent_api = (totals.settled + totals.unknown).currency
-        return {
-            "currency": config.budget.currency,
-            "spent": spent_api,
-            "reserved": totals.reserved.currency,
-            "cap": config.budget.cap,
-        }
-    hours = sum(stage_seconds(run).values()) / 3600
-    spent = round(hours * config.cluster.price_per_hour, 6)
-    return {"currency": config.budget.currency, "spent": spent, "reserved": 0.0, "cap": config.budget.cap}
+        api, reserved = (totals.settled + totals.unknown).currency, totals.reserved.currency
+    return {
+        "currency": config.budget.currency,
+        "spent": round(machines + api, 6),
+        "reserved": reserved,
+        "cap": config.budget.cap,
+        "machines": machines,
+        "api": api,
+    }
+
+
+def _plan(run: RunDir) -> dict[str, Any] | None:
+    """The plan that was kept; one that cannot be read, or of another version, is none."""
+    raw = run.store.read_if_exists(PLAN_KEY)
+    try:
+        plan = json.loads(raw) if raw is not None else None
+    except ValueError:
+        return None
+    return plan if isinstance(plan, dict) and "money" in plan else None

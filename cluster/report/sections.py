@@ -1,27 +1,34 @@
 """The report's sections: which figure shows what, with one sentence on how to read it."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from cluster.figures import count, duration, size
 from cluster.report.bars import bar_plot, row_plot
 from cluster.report.data import ReportData
+from cluster.report.outcome import shown
 from cluster.report.plots import line_plot
-from cluster.report.svg import Bar, Plot, Series, percent, short, smooth
+from cluster.report.svg import Bar, Format, Plot, Series, percent, short, smooth
 
 Section = dict[str, Any]
 Figure = dict[str, Any]
+_Drawn = tuple[str, str, list[Series], Format]
+"""Title, caption, lines and the format of their values."""
 
 _COLOURS = {"teacher": "var(--teacher)", "student": "var(--student)", "baseline": "var(--baseline)"}
 _PALETTE = [f"var(--{name})" for name in ("one", "two", "three", "four", "six", "five")]
 _SMOOTHING_SHARE = 0.04
 _SHOWN_COLUMNS = 7
 _SHOWN_NAMES = 4
+_SHOWN_FAILURES = 50
+_LONG_H = 2.0
+"""From so many hours on the time axis counts hours, below it minutes."""
 
 
 def sections(data: ReportData) -> list[Section]:
     """Return the sections that have something to show, in reading order."""
-    made = [_results(data), _training(data), _dataset(data), _run(data)]
+    made = [_results(data), _training(data), _dataset(data), _run(data), _machines(data), _failures(data)]
     return [section for section in made if section["figures"]]
 
 
@@ -30,11 +37,13 @@ def _section(name: str, title: str, lead: str, figures: Sequence[Figure | None])
 
 
 def _figure(title: str, caption: str, plot: Plot) -> Figure:
-    return {"title": title, "caption": caption, "plot": plot, "wide": False, "rows": None}
+    return {"title": title, "caption": caption, "plot": plot, "wide": False, "rows": None, "prose": False}
 
 
 def _table(title: str, head: list[str], rows: list[list[str]], caption: str = "", wide: bool = False) -> Figure | None:
-    return {"title": title, "caption": caption, "wide": wide, "head": head, "rows": rows} if rows else None
+    if not rows:
+        return None
+    return {"title": title, "caption": caption, "wide": wide, "head": head, "rows": rows, "prose": False}
 
 
 def _results(data: ReportData) -> Section:
@@ -181,13 +190,69 @@ def _run(data: ReportData) -> Section:
         rows.append(["order of samples", str(summary["train"]["order_digest"])])
     cap = f" of at most {cost['cap']:,.2f}" if cost["cap"] else ""
     rows.append(["cost", f"{cost['spent']:,.2f} {cost['currency']}{cap}"])
+    planned = [shown(row) for row in summary["plan"]]
     figures = [
+        _table(
+            "Plan and outcome",
+            ["", "planned", "happened", "difference"],
+            planned,
+            "What `lectern plan` said before, where it could, and what came of it.",
+            wide=True,
+        ),
         _figure("Time by stage", "The last time each stage really ran.", row_plot(bars, duration, "Time by stage"))
         if bars
         else None,
         _table("Facts", [], rows),
     ]
     return _section("run", "The run", "Where the time went, and how the teacher was split over its ranks.", figures)
+
+
+def _machines(data: ReportData) -> Section:
+    line, currency = data.line, data.summary["cost"]["currency"]
+    nodes = [
+        Series(f"{name}", _PALETTE[n % len(_PALETTE)], points, area=True)
+        for n, (name, points) in enumerate(line.nodes.items())
+    ]
+    hours = [[name, f"{value:.2f}"] for name, value in line.node_hours.items()]
+    rate = [Series("tokens/s", "var(--teacher)", line.tokens_per_s)] if line.tokens_per_s else []
+    busy = [Series("busy replicas", "var(--teacher)", line.replicas, area=True)] if line.replicas else []
+    spent = [Series("machines", "var(--one)", data.spent, area=True)] if data.spent else []
+    by_time: list[_Drawn] = [
+        ("Nodes", "Alive at each moment, by node type.", nodes, short),
+        ("Teacher's replicas at work", "Those that had a unit to score.", busy, short),
+        ("Capture", "Tokens per second of all replicas, since the first was ready.", rate, short),
+        (f"Spent on machines, {currency}", "Nodes times their price, summed up.", spent, short),
+    ]
+    unit = "h" if line.hours >= _LONG_H else "min"
+    figures = [
+        _figure(title, caption, line_plot(lines, unit, form, low=0.0, label=title)) if lines else None
+        for title, caption, lines, form in _in_unit(by_time, line.hours)
+    ]
+    figures.append(_table("Node-hours", [], hours, "By node type, over the whole run."))
+    lead = "The run over its hours of work; the pause after an interrupted command takes no time here."
+    return _section("machines", "Machines", lead, figures)
+
+
+def _in_unit(figures: list[_Drawn], hours: float) -> list[_Drawn]:
+    """Give short runs their time axis in minutes."""
+    factor = 1.0 if hours >= _LONG_H else 60.0
+    return [
+        (title, caption, [replace(line, points=[(x * factor, y) for x, y in line.points]) for line in lines], form)
+        for title, caption, lines, form in figures
+    ]
+
+
+def _failures(data: ReportData) -> Section:
+    rows = [[row["time"], row["what"], row["then"]] for row in data.summary["failures"]]
+    kept = rows[:_SHOWN_FAILURES]
+    more = f" The first {_SHOWN_FAILURES} of {len(rows)}." if len(rows) > _SHOWN_FAILURES else ""
+    table = _table("What went wrong, and what became of it", ["time (UTC)", "what", "then"], kept, wide=True)
+    if table is not None:
+        # Sentences, not figures: they wrap, and stand to the left.
+        table["prose"] = True
+    return _section(
+        "failures", "Failures survived", f"Nodes, replicas and units that were lost on the way.{more}", [table]
+    )
 
 
 def _capture_rows(capture: dict[str, Any], currency: str) -> list[list[str]]:

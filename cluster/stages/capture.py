@@ -7,6 +7,7 @@ from typing import Any
 from cluster.budget import standing_text
 from cluster.checks import check_dataset
 from cluster.figures import count
+from cluster.pricing import price_of_replica
 from cluster.progress import Shown
 from cluster.ray_session import RaySession
 from cluster.selection import capture_rows
@@ -111,8 +112,9 @@ def _score(work: Workspace, rows: Int64Array, task: Shown) -> dict[str, Any]:
         work.identity,
         session.device,
         follower.on_event,
-        config.cluster.price_per_hour,
+        price_of_replica(config.cluster, config.teacher.ranks),
         may_grow=not session.local,
+        labels=session.labels("capture"),
     )
     rates = {key: round(getattr(found, key), 4) for key in _RATES}
     return {

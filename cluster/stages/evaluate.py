@@ -2,7 +2,7 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ from cluster.progress import Shown
 from cluster.rundir import RunDir, stage_key
 from cluster.selection import heldout_rows
 from cluster.workspace import Workspace
-from storage.errors import InputError
+from storage.config import CacheConfig
+from storage.errors import InputError, LecternError, WorkerError
+from storage.identity import DatasetIdentity
 from storage.shard_source import Reading
 from storage.union import DatasetUnion, dataset_urls
 
@@ -46,30 +48,63 @@ def evaluate(work: Workspace, names: list[str]) -> dict[str, Any]:
 
 
 def _scores(work: Workspace, names: list[str], ids: Ids, task: Shown) -> dict[str, Any]:
+    """Score in this process, or, where the run has joined a cluster, on one of its nodes."""
+    config = work.config
+    what = (config.cache, work.identity, work.run.url, names, ids, config.evaluate.shown_samples)
+    if config.cluster.joins is None:
+        return score_models(*what, config.cluster.device, task.update)
+    import ray
+
+    session = work.ray(task)
+    task.note("on a node of the cluster")
+    gpus = 1 if session.device == "gpu" else 0
+    labels = session.labels("evaluate") or None
+    # A lost node costs the evaluation, which takes minutes: it is done again elsewhere.
+    remote: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3, label_selector=labels)(score_models)
+    try:
+        found: dict[str, Any] = ray.get(remote.remote(*what, session.device, None))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, LecternError):
+            raise error.cause from error
+        raise WorkerError(f"the evaluation failed on its node: {error.cause or error}") from error
+    return found
+
+
+def score_models(
+    cache: CacheConfig,
+    identity: DatasetIdentity,
+    run_url: str,
+    names: list[str],
+    ids: Ids,
+    shown_samples: int,
+    device: str,
+    update: Callable[[float, float, str], None] | None,
+) -> dict[str, Any]:
+    """Return what `evaluate` keeps; `device` is `cpu`, `gpu`, or `auto` for a GPU where there is one.
+
+    `update` takes how many samples are done, of how many, and the model.
+    """
+    import torch
+
     from trainer.evaluation import evaluate_model, evaluate_teacher, token_views
 
-    dataset = DatasetUnion.open(dataset_urls(work.config.cache), work.identity, Reading.of(work.config.cache))
-    device = _device(work)
+    run = RunDir(run_url)
+    dataset = DatasetUnion.open(dataset_urls(cache), identity, Reading.of(cache))
+    on = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     per_model = sum(len(chosen) for chosen in ids.values())
     result: dict[str, Any] = {"teacher": evaluate_teacher(dataset, ids)}
-    shown = [sample_id for chosen in ids.values() for sample_id in chosen[: work.config.evaluate.shown_samples]]
+    shown = [sample_id for chosen in ids.values() for sample_id in chosen[:shown_samples]]
     for n, name in enumerate(names):
 
         def on_progress(event: dict[str, Any], before: int = n * per_model, model: str = name) -> None:
-            task.update(before + event["done"], len(names) * per_model, model)
+            if update is not None:
+                update(before + event["done"], len(names) * per_model, model)
 
-        with local_model(work.run, name) as folder:
-            result[name] = evaluate_model(folder, dataset, ids, device, on_progress)
+        with local_model(run, name) as folder:
+            result[name] = evaluate_model(folder, dataset, ids, on, on_progress)
             if name == "student" and shown:
-                result["shown"] = token_views(folder, dataset, shown, device)
+                result["shown"] = token_views(folder, dataset, shown, on)
     return result
-
-
-def _device(work: Workspace) -> str:
-    """Evaluation runs in this process, on its own GPU where there is one."""
-    import torch
-
-    return "cuda" if work.config.cluster.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _trained(run: RunDir, name: str) -> list[Any]:

@@ -144,3 +144,18 @@ def test_versions_are_the_tested_ones(name: str) -> None:
     assert pinned is not None
     named = re.findall(r"rayVersion: \"(.+)\"|lectern:([0-9.]+)", (ROOT / name).read_text())
     assert {version for pair in named for version in pair if version} <= {pinned[1]}
+
+
+def test_the_dashboard_shows_every_metric_and_no_other() -> None:
+    import json
+
+    from workers.metrics import _GAUGES
+
+    board = json.loads((ROOT / "cluster/launch/grafana.json").read_text())
+    asked = " ".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
+    named = set(re.findall(r"ray_lectern_(\w+)", asked))
+    assert named == {*_GAUGES, "replicas"}
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    places = [panel["gridPos"] for panel in board["panels"]]
+    cells = [(x, y) for p in places for x in range(p["x"], p["x"] + p["w"]) for y in range(p["y"], p["y"] + p["h"])]
+    assert len(cells) == len(set(cells)) and max(x for x, _ in cells) < 24

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.report.data import _cost
+from cluster.report.timeline import Timeline
 from cluster.rundir import RunDir
 from cluster.stages.ledger import budget_of, ledger_store
 from tests.cluster.conftest import World
@@ -59,9 +60,10 @@ def test_the_report_takes_the_cost_from_the_ledger(world: World) -> None:
     world.values["teacher"] |= {"kind": "api"}
     world.values["budget"] = {"cap": 10}
     run = RunDir(world.run_dir)
-    assert _cost(world.config, run) == {"currency": "USD", "spent": 0.0, "reserved": 0.0, "cap": 10.0}
+    nothing = {"currency": "USD", "spent": 0.0, "reserved": 0.0, "cap": 10.0, "machines": 0.0, "api": 0.0}
+    assert _cost(world.config, run, Timeline()) == nothing
     spend(world)
-    assert _cost(world.config, run) == {"currency": "USD", "spent": 5.0, "reserved": 2.0, "cap": 10.0}
+    assert _cost(world.config, run, Timeline()) == {**nothing, "spent": 5.0, "reserved": 2.0, "api": 5.0}
 
 
 def test_bad_words_are_told(world: World) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.plan import make_plan
+from cluster.plan import Rates, make_plan
 from cluster.rundir import RunDir
 from cluster.selection import capture_rows, heldout_rows
 from tests.cluster.conftest import World
@@ -19,7 +19,7 @@ def test_everything_is_missing_before_the_first_capture(world: World) -> None:
 
 def test_after_a_capture_nothing_is_missing_and_bytes_are_measured(world: World) -> None:
     world.capture()
-    plan = make_plan(world.config, RunDir(world.run_dir), tokens_per_s=1000)
+    plan = make_plan(world.config, RunDir(world.run_dir), Rates(capture=1000))
     assert plan.missing_samples == plan.units == plan.expected_bytes == 0
     assert plan.bytes_measured and plan.bytes_per_token > 0
     assert plan.teacher_hours == 0
@@ -33,7 +33,7 @@ def test_the_rate_of_an_earlier_capture_gives_hours_and_cost(world: World) -> No
     assert plan.tokens_per_s == 100
     assert plan.teacher_hours == pytest.approx(plan.missing_tokens / 360_000, abs=1e-4)
     assert plan.cost == pytest.approx(plan.missing_tokens / 10_000, abs=2e-3)
-    assert make_plan(world.config, run, tokens_per_s=200).tokens_per_s == 200
+    assert make_plan(world.config, run, Rates(capture=200)).tokens_per_s == 200
 
 
 def test_units_are_those_that_the_capture_would_score(world: World) -> None:

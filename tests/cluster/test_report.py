@@ -71,7 +71,8 @@ def test_report_json_holds_the_promised_keys(world: World) -> None:
     assert set(found["train"]["mixture"][0]) == {"step", "planned", "realised"}
     for name in ("teacher", "student", "baseline"):
         assert set(found["eval"][name]) >= {"loss", "kl_to_teacher", "top1_agreement", "ece"}
-    assert set(found["cost"]) == {"currency", "spent", "reserved", "cap"}
+    assert set(found["cost"]) == {"currency", "spent", "reserved", "cap", "machines", "api"}
+    assert {"plan", "nodes", "failures"} <= set(found)
     totals = dataset.totals()
     assert (found["cache"]["samples"], found["cache"]["bytes"]) == (totals.samples, totals.bytes)
     assert (world.run_dir / "report.html").stat().st_size > 10_000

@@ -32,11 +32,24 @@ from ray.cluster_utils import Cluster
 cluster = Cluster()
 head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": int(sys.argv[1])}
 cluster.add_node(**head)
-workers = [cluster.add_node(num_cpus=2) for _ in range(2)]
-print(json.dumps({"address": cluster.webui_url, "gcs": cluster.address}), flush=True)
+# Addresses of their own, as on real machines: a driver joins the node of its own address, the head.
+added = [cluster.add_node(num_cpus=2, labels={"role": "worker"}, node_ip_address=f"127.0.0.{n}") for n in (2, 3)]
+workers = {node.node_id: node for node in added}
+print(json.dumps({"address": cluster.webui_url}), flush=True)
 for line in sys.stdin:
-    cluster.remove_node(workers.pop(), allow_graceful=False)
-    print("removed", flush=True)
+    if line.startswith("warn"):
+        # The node of the training's rank is about to be taken away, as a spot machine is.
+        import ray
+        from ray._raylet import GcsClient
+        from ray.util.state import list_actors
+        ray.init(address=cluster.address, log_to_driver=False)
+        actors = list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
+        doomed = next(actor.node_id for actor in actors if "TrainWorker" in actor.class_name)
+        ends = int(time.time() * 1000) + 60_000
+        GcsClient(cluster.address).drain_node(doomed, 2, "the spot price rose", ends)
+    else:
+        cluster.remove_node(workers.pop(doomed), allow_graceful=False)
+    print("done", flush=True)
 cluster.shutdown()
 """
 
@@ -49,7 +62,6 @@ class Site:
     folder: Path
     token: str
     process: "subprocess.Popen[str]"
-    gcs: str = ""
     clients: list["subprocess.Popen[str]"] = field(default_factory=list)
 
     def start(self, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
@@ -68,6 +80,13 @@ class Site:
             "submit", "run.yaml", "--run-dir", str(self.folder / "out" / "run"), *arguments, **environment
         )
 
+    def tell(self, word: str) -> None:
+        """Have the cluster do something to one of its nodes."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(f"{word}\n")
+        self.process.stdin.flush()
+        assert any(line == "done\n" for line in self.process.stdout)
+
     def run(self, *arguments: str, **environment: str) -> tuple[int, str]:
         """Run a `lectern` command to its end; returns its exit code and all that it printed."""
         client = self.start(*arguments, **environment)
@@ -84,7 +103,11 @@ def site(tmp_path: Path) -> Iterator[Site]:
         **CONFIG,
         "cache": {**CONFIG["cache"], "url": str(folder / "out" / "cache")},
         "teacher": {**CONFIG["teacher"], "ranks": 1, "sharding": "none", "replicas": 2, "dtype": "float32"},
-        "train": {**CONFIG["train"], "steps": 10, "dtype": "float32"},
+        "train": {**CONFIG["train"], "steps": 150, "dtype": "float32", "checkpoint_every": 1000},
+        "cluster": {
+            "node_types": {"worker": {"labels": {"role": "worker"}, "resources": {"CPU": 2}, "price_per_hour": 3.6}},
+            "placement": {"capture": "worker", "train": "worker", "evaluate": "worker"},
+        },
     }
     values["evaluate"] = {**CONFIG["evaluate"], "baseline": False}
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
@@ -99,6 +122,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
         "RAY_AUTH_TOKEN": token,
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
         "LECTERN_CACHE": str(tmp_path / "home"),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": "",
@@ -114,7 +138,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
         )
     assert process.stdin is not None and process.stdout is not None
     facts = yaml.safe_load(process.stdout.readline())
-    made = Site(f"http://{facts['address']}", folder, token, process, facts["gcs"])
+    made = Site(f"http://{facts['address']}", folder, token, process)
     try:
         yield made
     finally:
@@ -158,19 +182,43 @@ def test_a_run_from_a_laptop(site: Site, tmp_path: Path) -> None:
     scored = len(list((site.folder / "out" / "cache" / "manifest").iterdir()))
     assert scored >= 1
 
-    # Resubmitted, a worker dies: the job ends well all the same, and scores nothing twice.
+    # Resubmitted: nothing is scored twice. The trainer's node is about to go, so it writes a checkpoint; the node goes,
+    # and the training resumes on what is left.
     third = site.submit("--env", "DB_PASSWORD")
-    wait_for(events, '"train_start"')
-    assert site.process.stdin is not None and site.process.stdout is not None
-    site.process.stdin.write("remove\n")
-    site.process.stdin.flush()
+    wait_for(site.folder / "out" / "run" / "metrics.jsonl", '"step"')
+    site.tell("warn")
+    wait_for(events, '"node_warned"')
+    wait_for_folder(site.folder / "out" / "run" / "checkpoints" / "student", "checkpoint_*/*")
+    site.tell("take")
     text = third.communicate(timeout=400)[0]
     assert third.returncode == 0, text[-3000:]
     assert "SUCCEEDED" in text and "exit code 0" in text
     assert "correct-horse-battery" not in left + told + text
 
     same_as_on_one_machine(site)
+    told_in_the_report(site)
     nothing_secret_is_written(site)
+
+
+def wait_for_folder(folder: Path, pattern: str, timeout_s: float = 120) -> None:
+    """Wait until a folder holds a file of a pattern."""
+    deadline = time.monotonic() + timeout_s
+    while not (folder.exists() and any(folder.glob(pattern))):
+        assert time.monotonic() < deadline, f"no {pattern} came into {folder}"
+        time.sleep(0.2)
+
+
+def told_in_the_report(site: Site) -> None:
+    """The report knows of the lost node, of node-hours and their price, and of the plan."""
+    report = yaml.safe_load((site.folder / "out" / "run" / "report.json").read_text())
+    what = [row["what"] for row in report["failures"]]
+    assert any("(worker) was about to be taken away" in row for row in what), what
+    assert any("(worker) was lost" in row for row in what), what
+    assert report["nodes"]["worker"] > 0
+    assert report["cost"]["machines"] == pytest.approx(report["nodes"]["worker"] * 3.6, rel=1e-3)
+    rows = {row["what"]: row for row in report["plan"]}
+    assert rows["tokens scored"]["planned"] == rows["tokens scored"]["happened"]
+    assert rows["added to the dataset"]["happened"] > 0
 
 
 def refused_without_the_token(site: Site, tmp_path: Path) -> None:
@@ -199,6 +247,7 @@ def same_as_on_one_machine(site: Site) -> None:
     expected = planned_order(samples, config.curriculum, config.train).digest().hex()
     result = yaml.safe_load((site.folder / "out" / "run" / "stages" / "student.json").read_text())["result"]
     assert result["order_digest"] == expected
+    assert result["resumed_from"] >= 1
 
 
 def nothing_secret_is_written(site: Site) -> None:
