@@ -29,26 +29,30 @@ class StepCounts:
     """What all ranks read for one step."""
 
     failed: bool
+    due: bool
+    """Whether a rank would ask for nodes that are about to go, see `trainer.preemption`."""
     num_supervised: int
     num_tokens: int
     sample_id: UInt8Array  # [global batch, 16], in the planned order
 
 
-def gather_counts(data: StepData | None, num_samples: int, place: Place) -> StepCounts:
+def gather_counts(data: StepData | None, num_samples: int, place: Place, due: bool = False) -> StepCounts:
     """Exchange counts and sample ids between the ranks; `data` is none on a rank that could not read."""
-    mine = np.zeros(3 + 2 * num_samples, dtype=np.int64)
+    mine = np.zeros(4 + 2 * num_samples, dtype=np.int64)
+    mine[3] = due
     if data is None:
         mine[0] = 1
     else:
         mine[1:3] = data.num_supervised, data.num_tokens
-        mine[3:] = np.ascontiguousarray(data.sample_id).reshape(-1).view(np.int64)
+        mine[4:] = np.ascontiguousarray(data.sample_id).reshape(-1).view(np.int64)
     tensor = torch.from_numpy(mine).to(place.torch_device)
     parts = [torch.empty_like(tensor) for _ in range(place.world_size)]
     dist.all_gather(parts, tensor)
-    table = np.stack([part.cpu().numpy() for part in parts])  # [ranks, 3 + 2 · samples]
-    ids = table[:, 3:].reshape(place.world_size, num_samples, 2).transpose(1, 0, 2)  # rank r holds r, r + R, …
+    table = np.stack([part.cpu().numpy() for part in parts])  # [ranks, 4 + 2 · samples]
+    ids = table[:, 4:].reshape(place.world_size, num_samples, 2).transpose(1, 0, 2)  # rank r holds r, r + R, …
     return StepCounts(
         failed=bool(table[:, 0].any()),
+        due=bool(table[:, 3].any()),
         num_supervised=int(table[:, 1].sum()),
         num_tokens=int(table[:, 2].sum()),
         sample_id=np.ascontiguousarray(ids).view(np.uint8).reshape(-1, 16),

@@ -225,7 +225,7 @@ def _load(folder: str | Path, device: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} holds no causal language model: {str(error).splitlines()[0]}") from error
     return model.to(device).eval()

@@ -23,6 +23,7 @@ from trainer.feed import Feed, StepData, step_loader
 from trainer.metrics import MetricsLog
 from trainer.mixing import Mixer, apply, segments
 from trainer.optimize import optimize
+from trainer.preemption import Ask, PreemptionWatch, nobody_goes
 from trainer.sampler import EMPTY_DIGEST, chain_digest
 from trainer.schedules import learning_rate
 from trainer.spec import LoopSpec
@@ -34,8 +35,8 @@ Restore = Callable[[], Any]
 """Returns a context manager that gives the local folder of the checkpoint to resume from, or none."""
 
 
-def run_rank(spec: LoopSpec, place: Place, report: Report, restore: Restore) -> dict[str, Any]:
-    """Train, report checkpoints, export; the process group is up already.
+def run_rank(spec: LoopSpec, place: Place, report: Report, restore: Restore, ask: Ask = nobody_goes) -> dict[str, Any]:
+    """Train, report checkpoints, export; the process group is up already. A node that `ask` names brings a checkpoint.
 
     Returns:
         The run's figures on rank 0, an empty dict elsewhere; `{"error": [class, message]}` on every rank when the
@@ -44,7 +45,7 @@ def run_rank(spec: LoopSpec, place: Place, report: Report, restore: Restore) -> 
     prepare_process(place)
     try:
         with ExitStack() as stack:
-            return _Rank(spec, place, stack).run(report, restore)
+            return _Rank(spec, place, stack, PreemptionWatch(ask)).run(report, restore)
     except StoppedError as stopped:
         return {"error": [type(stopped.error).__name__, str(stopped.error)]}
 
@@ -52,8 +53,9 @@ def run_rank(spec: LoopSpec, place: Place, report: Report, restore: Restore) -> 
 class _Rank:
     """One rank's state over a run."""
 
-    def __init__(self, spec: LoopSpec, place: Place, stack: ExitStack) -> None:
+    def __init__(self, spec: LoopSpec, place: Place, stack: ExitStack, preemption: PreemptionWatch) -> None:
         self.spec, self.place, self.train, self._stack = spec, place, spec.train, stack
+        self._preemption, self._asks = preemption, False
         with together():
             self.dataset = DatasetUnion.open(spec.dataset_urls, spec.identity, spec.reading)
             samples, adaptive = SampleSet.open(spec.samples_url), spec.curriculum.adaptive
@@ -90,7 +92,9 @@ class _Rank:
             with Feed(load, first, last) as feed:
                 for step in range(first, last):
                     losses = self._step(step, feed, log)
-                    if (step + 1) % self.train.checkpoint_every == 0 and step + 1 < self.train.steps:
+                    # Every rank must ask, whatever is due besides.
+                    warned = self._asks and self._preemption.fresh()
+                    if ((step + 1) % self.train.checkpoint_every == 0 or warned) and step + 1 < self.train.steps:
                         self._checkpoint(report)
         self._check_order()
         export_model(self.engine, self.spec.run_dir, self.spec.name, self.place.rank)
@@ -138,7 +142,9 @@ class _Rank:
             data = feed.next()
         except LecternError as caught:
             error = caught
-        counts = gather_counts(data, self.train.global_batch_size // self.place.world_size, self.place)
+        due = self._preemption.is_due()
+        counts = gather_counts(data, self.train.global_batch_size // self.place.world_size, self.place, due)
+        self._asks = counts.due
         if data is None or counts.failed:
             raise StoppedError(first_error(error) or WorkerError(f"no rank could read step {step + 1}"))
         return data, counts

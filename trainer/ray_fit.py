@@ -24,7 +24,10 @@ def fit(spec: LoopSpec) -> dict[str, Any]:
         train_loop_config={"spec": spec},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=spec.train.workers, use_gpu=gpu, resources_per_worker={"CPU": 1, **({"GPU": 1} if gpu else {})}
+            num_workers=spec.train.workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": 1, **({"GPU": 1} if gpu else {})},
+            label_selector=dict(spec.labels) or None,
         ),
         run_config=RunConfig(
             name=spec.name,
@@ -87,7 +90,11 @@ def ray_train_loop(config: dict[str, Any]) -> dict[str, Any]:
         opened: AbstractContextManager[Any] = (newer or ours).as_directory()
         return opened
 
-    return run_rank(spec, place, report, restore)
+    def going() -> list[str]:
+        info = ray.train.get_preemption_info()
+        return [] if info is None else list(info.preempted_node_ids)
+
+    return run_rank(spec, place, report, restore, going)
 
 
 def _explained(error: Exception, spec: LoopSpec) -> LecternError:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ def train_student(
     reading: Reading = DEFAULT_READING,
     also: Sequence[str] = (),
     mixing: Sequence[dict[str, Any]] | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> TrainResult:
     """Train a student to the end and export it below `<run_dir>/<name>`.
 
@@ -76,6 +77,7 @@ def train_student(
         reading: checks and memory of the ranks' readers; layers that the loss does not use are left unread.
         also: further datasets, for samples that the first one does not hold.
         mixing: decisions of another run with an adaptive curriculum (`TrainResult.mixing`), to train in its order.
+        labels: what the nodes of the ranks must carry.
 
     Raises:
         InputError: something does not fit together; nothing was trained.
@@ -112,6 +114,7 @@ def train_student(
         device=device,
         reading=replace(reading, layers=train.loss.layers),
         facts=facts,
+        labels=dict(labels or {}),
         resume=resume,
         mixing=None if mixing is None else tuple(mixing),
     )

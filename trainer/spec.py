@@ -1,6 +1,7 @@
 """What a rank must know to train; travels from the driver to the ranks."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from storage.identity import DatasetIdentity
@@ -27,6 +28,8 @@ class LoopSpec:
     reading: Reading
     facts: dict[str, Any]
     """What the run depends on, kept in every checkpoint."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What the nodes of the ranks must carry."""
     resume: str | None = None
     """Name of the checkpoint below `<run_dir>/checkpoints/<name>` that this attempt starts from."""
     mixing: tuple[dict[str, Any], ...] | None = None

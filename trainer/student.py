@@ -56,7 +56,7 @@ def build_student(student: StudentConfig, folder: str | None, identity: DatasetI
     from transformers import AutoModelForCausalLM
 
     if folder is not None:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     config = student_config(student, folder, identity)
     with torch.random.fork_rng():
         torch.manual_seed(student.seed)

@@ -36,13 +36,16 @@ def loop_spec(run: TinyRun, run_dir: Path, **train: Any) -> LoopSpec:
     )
 
 
-def run_ranks(spec: LoopSpec, resume: Path | None = None) -> dict[str, Any]:
-    """Run all ranks of a spec in processes of their own and return what rank 0 returned."""
+def run_ranks(spec: LoopSpec, resume: Path | None = None, going: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Run all ranks of a spec in processes of their own and return what rank 0 returned.
+
+    `going` are nodes that are about to go, of which rank 0 alone asks in time.
+    """
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     with tempfile.TemporaryDirectory() as meeting:
         ranks = [
-            context.Process(target=_rank, args=(spec, rank, f"file://{meeting}/store", resume, results))
+            context.Process(target=_rank, args=(spec, rank, f"file://{meeting}/store", resume, going, results))
             for rank in range(spec.train.workers)
         ]
         for process in ranks:
@@ -63,9 +66,10 @@ def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
     return parse_lines(Store(run_dir).read("metrics.jsonl"))
 
 
-def _rank(spec: LoopSpec, rank: int, meeting: str, resume: Path | None, results: Any) -> None:
+def _rank(spec: LoopSpec, rank: int, meeting: str, resume: Path | None, going: tuple[str, ...], results: Any) -> None:
     import torch.distributed as dist
 
+    from trainer import preemption
     from trainer.engine import Place
     from trainer.loop import run_rank
 
@@ -78,7 +82,13 @@ def _rank(spec: LoopSpec, rank: int, meeting: str, resume: Path | None, results:
         )
         dist.barrier()
 
-    figures = run_rank(spec, Place(rank, size, rank, size, "cpu"), report, lambda: contextlib.nullcontext(resume))
+    def ask() -> tuple[str, ...]:
+        dist.barrier()
+        return going
+
+    preemption.CHECK_EVERY_S = 0.0 if going and rank == 0 else 1e9
+    place = Place(rank, size, rank, size, "cpu")
+    figures = run_rank(spec, place, report, lambda: contextlib.nullcontext(resume), ask)
     results.put((rank, figures))
     dist.barrier()
     dist.destroy_process_group()

@@ -107,6 +107,12 @@ def test_another_number_of_ranks_goes_on_with_the_same_samples(hidden_run: TinyR
         np.testing.assert_allclose(weights(tmp_path / name), weights(tmp_path / "whole"), atol=2e-5)
 
 
+def test_a_warned_training_writes_one_checkpoint_at_once(hybrid_run: TinyRun, tmp_path: Path) -> None:
+    spec = loop_spec(hybrid_run, tmp_path, workers=2, checkpoint_every=100, steps=4)
+    assert run_ranks(spec, going=("node",))["step"] == 4
+    assert [path.name for path in (tmp_path / "checkpoints" / "student").iterdir()] == ["checkpoint_000001"]
+
+
 def test_bfloat16_training_adds_updates_to_float32_masters(hybrid_run: TinyRun, tmp_path: Path) -> None:
     """Steps far below bfloat16's resolution add up in the masters and would be lost in the weights themselves."""
     train = {"dtype": "bfloat16", "weight_decay": 0.0, "warmup_steps": 0, "checkpoint_every": 5}
