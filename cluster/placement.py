@@ -45,8 +45,9 @@ def check_placement(cluster: ClusterConfig) -> None:
 
     config: Any = ray._private.state.state.get_cluster_config()
     groups = list(config.node_group_configs) if config is not None else []
-    # Not every launcher tells its autoscaler's labels; then only the nodes that are there could be judged, unfairly.
-    if any(group.max_count for group in groups) and not any(_labels(group) for group in groups):
+    # Not every launcher tells its autoscaler's node types with labels. Then it cannot be judged here what may come;
+    # who waits in vain is told when `teacher.startup_timeout_s` is over.
+    if not any(_labels(group) for group in groups if group.max_count):
         return
     nodes = [node for node in ray.nodes() if node["Alive"]]
     machines = [Machines("node", node["Resources"], _own(node.get("Labels") or {})) for node in nodes]

@@ -96,8 +96,9 @@ def check_reach(
         answers = ray.get(asked, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError as error:
         raise InputError(
-            f"no node with {dict(bundle)} came up in {timeout_s:g} s; see `ray status` on the head node for what the "
-            "autoscaler waits for, or raise teacher.startup_timeout_s"
+            f"no node with {dict(bundle)} and labels {dict(labels or {})} came up in {timeout_s:g} s; the cluster has "
+            f"{'; '.join(sorted({_shown(node) for node in alive}))}. `ray status` on the head node says what its "
+            "autoscaler waits for; change cluster.placement, or raise teacher.startup_timeout_s"
         ) from error
     question.clear([node for node, _, _ in answers])
     for _, address, problems in answers:
@@ -111,6 +112,12 @@ def _on_node(question: Question) -> tuple[str, str, list[str]]:
 
     node = str(ray.get_runtime_context().get_node_id())
     return node, str(ray.util.get_node_ip_address()), answer(question, node)
+
+
+def _shown(node: Mapping[str, Any]) -> str:
+    resources = {name: node["Resources"].get(name, 0.0) for name in ("CPU", "GPU")}
+    labels = {key: value for key, value in (node.get("Labels") or {}).items() if key != "ray.io/node-id"}
+    return f"{node['NodeManagerAddress']} {resources} {labels}"
 
 
 def _carries(node: Mapping[str, Any], labels: Mapping[str, str]) -> bool:

@@ -22,7 +22,7 @@ from cluster.selection import capture_rows
 from storage.reader import Dataset
 from storage.sample_set import SampleSet
 from tests.cluster.test_end_to_end import CONFIG
-from trainer.loop import planned_order
+from trainer.curriculum import planned_order
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
