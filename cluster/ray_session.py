@@ -43,11 +43,6 @@ class RaySession:
     """Where the workers' logs lie, for messages."""
     local: bool
     """Whether this process started it."""
-    cluster: ClusterConfig
-
-    def labels(self, stage: str) -> dict[str, str]:
-        """Return the labels that nodes of a stage must carry; a Ray of one machine has none, and runs everything."""
-        return {} if self.local else self.cluster.labels(stage)
 
 
 @contextlib.contextmanager
@@ -67,7 +62,7 @@ def ray_session(cluster: ClusterConfig, num_ranks: int) -> Iterator[RaySession]:
 
         try:
             _start(ray, cluster, num_ranks)
-            yield RaySession(_device(ray, cluster), _log_folder(ray), local, cluster)
+            yield RaySession(_device(ray, cluster), _log_folder(ray), local)
         finally:
             ray.shutdown()
 

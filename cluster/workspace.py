@@ -62,6 +62,11 @@ class Workspace:
         seconds = round(time.monotonic() - began, 3)
         self.run.event("stage_finished", stage=name, seconds=seconds, skipped=outcome.skipped, **outcome.facts)
 
+    def labels(self, stage: str) -> dict[str, str]:
+        """Return the labels that nodes of a stage must carry; a Ray of one machine has none, and runs everything."""
+        cluster = self.config.cluster
+        return {} if cluster.joins is None else cluster.labels(stage)
+
     def ray(self, task: Shown) -> RaySession:
         """Return a running Ray, started at the first call and kept until `close_ray`; `task` says so meanwhile."""
         if self._ray is None:

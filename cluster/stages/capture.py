@@ -114,7 +114,7 @@ def _score(work: Workspace, rows: Int64Array, task: Shown) -> dict[str, Any]:
         follower.on_event,
         price_of_replica(config.cluster, config.teacher.ranks),
         may_grow=not session.local,
-        labels=session.labels("capture"),
+        labels=work.labels("capture"),
     )
     rates = {key: round(getattr(found, key), 4) for key in _RATES}
     return {

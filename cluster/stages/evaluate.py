@@ -58,7 +58,7 @@ def _scores(work: Workspace, names: list[str], ids: Ids, task: Shown) -> dict[st
     session = work.ray(task)
     task.note("on a node of the cluster")
     gpus = 1 if session.device == "gpu" else 0
-    labels = session.labels("evaluate") or None
+    labels = work.labels("evaluate") or None
     # A lost node costs the evaluation, which takes minutes: it is done again elsewhere.
     remote: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3, label_selector=labels)(score_models)
     try:

@@ -71,5 +71,5 @@ def _fit(
         reading=Reading.of(config.cache),
         also=config.cache.also,
         mixing=mixing,
-        labels=session.labels("train"),
+        labels=work.labels("train"),
     )
