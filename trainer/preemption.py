@@ -1,10 +1,11 @@
 """A checkpoint while there is still time: notices that a node is about to be taken away."""
 
+import os
 import time
 from collections.abc import Callable, Iterable
 
-CHECK_EVERY_S = 5.0
-"""Time between two questions; Ray itself looks as often."""
+CHECK_EVERY_S = float(os.environ.get("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "5"))
+"""Time between two questions: as often as Ray itself looks."""
 
 Ask = Callable[[], Iterable[str]]
 """Returns the ids of the training's nodes that are about to go. Collective: all ranks ask together."""

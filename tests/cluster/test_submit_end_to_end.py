@@ -35,14 +35,14 @@ cluster.add_node(**head)
 # Addresses of their own, as on real machines: a driver joins the node of its own address, the head.
 added = [cluster.add_node(num_cpus=2, labels={"role": "worker"}, node_ip_address=f"127.0.0.{n}") for n in (2, 3)]
 workers = {node.node_id: node for node in added}
+import ray
+from ray._raylet import GcsClient
+from ray.util.state import list_actors
+ray.init(address=cluster.address, log_to_driver=False)
 print(json.dumps({"address": cluster.webui_url}), flush=True)
 for line in sys.stdin:
     if line.startswith("warn"):
         # The node of the training's rank is about to be taken away, as a spot machine is.
-        import ray
-        from ray._raylet import GcsClient
-        from ray.util.state import list_actors
-        ray.init(address=cluster.address, log_to_driver=False)
         actors = list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
         doomed = next(actor.node_id for actor in actors if "TrainWorker" in actor.class_name)
         ends = int(time.time() * 1000) + 60_000
@@ -50,6 +50,7 @@ for line in sys.stdin:
     else:
         cluster.remove_node(workers.pop(doomed), allow_graceful=False)
     print("done", flush=True)
+ray.shutdown()
 cluster.shutdown()
 """
 
@@ -103,7 +104,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
         **CONFIG,
         "cache": {**CONFIG["cache"], "url": str(folder / "out" / "cache")},
         "teacher": {**CONFIG["teacher"], "ranks": 1, "sharding": "none", "replicas": 2, "dtype": "float32"},
-        "train": {**CONFIG["train"], "steps": 150, "dtype": "float32", "checkpoint_every": 1000},
+        "train": {**CONFIG["train"], "steps": 600, "dtype": "float32", "checkpoint_every": 1000},
         "cluster": {
             "node_types": {"worker": {"labels": {"role": "worker"}, "resources": {"CPU": 2}, "price_per_hour": 3.6}},
             "placement": {"capture": "worker", "train": "worker", "evaluate": "worker"},
@@ -137,7 +138,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
             text=True,
         )
     assert process.stdin is not None and process.stdout is not None
-    facts = yaml.safe_load(process.stdout.readline())
+    facts = yaml.safe_load(next(line for line in process.stdout if line.startswith("{")))
     made = Site(f"http://{facts['address']}", folder, token, process)
     try:
         yield made
