@@ -26,6 +26,15 @@ class StageOutcome:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+def _told(error: BaseException) -> str:
+    """An error in words; those that end a process from outside have none of their own."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted by the user"
+    if isinstance(error, SystemExit):
+        return "stopped from outside"
+    return str(error) or type(error).__name__
+
+
 class Workspace:
     """The state of one command. Later stages need the attributes that earlier ones fill."""
 
@@ -57,7 +66,7 @@ class Workspace:
         try:
             yield outcome
         except BaseException as error:
-            self.run.event("stage_failed", stage=name, error=str(error) or type(error).__name__)
+            self.run.event("stage_failed", stage=name, error=_told(error))
             raise
         seconds = round(time.monotonic() - began, 3)
         self.run.event("stage_finished", stage=name, seconds=seconds, skipped=outcome.skipped, **outcome.facts)

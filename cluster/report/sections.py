@@ -64,10 +64,12 @@ def _results(data: ReportData) -> Section:
         ]
         for name, entry in evaluation.items()
     ]
-    lead = (
-        "The baseline is the same student with the same data order and steps, trained on hard labels only: what lies "
-        "between the two is what the teacher's probabilities gave."
-    )
+    lead = "Text that neither model was trained on."
+    if "baseline" in evaluation:
+        lead = (
+            "The baseline is the same student with the same data order and steps, trained on hard labels only: what lies "
+            "between the two is what the teacher's probabilities gave."
+        )
     caption = "KL, disagreement of first choices, calibration error: smaller is better."
     figures = [
         _figure("Held-out loss", "Nats per token; smaller is better.", bar_plot(losses, _three, "Held-out loss")),
@@ -196,7 +198,7 @@ def _run(data: ReportData) -> Section:
             "Plan and outcome",
             ["", "planned", "happened", "difference"],
             planned,
-            "What `lectern plan` said before, where it could, and what came of it.",
+            "What the plan said before the run, where it could, and what came of it.",
             wide=True,
         ),
         _figure("Time by stage", "The last time each stage really ran.", row_plot(bars, duration, "Time by stage"))
