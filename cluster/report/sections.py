@@ -67,8 +67,8 @@ def _results(data: ReportData) -> Section:
     lead = "Text that neither model was trained on."
     if "baseline" in evaluation:
         lead = (
-            "The baseline is the same student with the same data order and steps, trained on hard labels only: what lies "
-            "between the two is what the teacher's probabilities gave."
+            "The baseline is the same student with the same data order and steps, trained on hard labels only: what "
+            "lies between the two is what the teacher's probabilities gave."
         )
     caption = "KL, disagreement of first choices, calibration error: smaller is better."
     figures = [
