@@ -165,6 +165,7 @@ def test_a_run_from_a_laptop(site: Site, tmp_path: Path) -> None:
     # Twice at once: one job, which both follow.
     first, second = site.submit("--env", "DB_PASSWORD"), site.submit("--env", "DB_PASSWORD")
     wait_for(events, '"unit_done"')
+    assert first.poll() is None and second.poll() is None
 
     # Ctrl-C leaves the job running.
     first.send_signal(signal.SIGINT)
