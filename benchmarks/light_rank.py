@@ -8,19 +8,22 @@ import json
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from storage.config import CacheConfig
 from storage.identity import CaptureIdentity, DatasetIdentity, TeacherIdentity, TokenizerIdentity
 from storage.sample_set import SampleSet
 from storage.samples import SampleBatch, offsets_of
 from storage.targets import TargetBatch
 from storage.writer import DatasetWriter
-from workers.local.rank import CaptureJob, Rank, RankPlace, Scored
+from workers.config import TeacherConfig
+from workers.local.base_rank import RankPlace
+from workers.local.rank import CaptureJob, Rank, Scored
 from workers.units import WorkUnit
 
 TOP_K = 4
@@ -37,6 +40,8 @@ class LightReport:
     """What a rank says once it is loaded."""
 
     rank: int
+    node: str
+    """Id of the Ray node that it runs on."""
     parameters_held: int = 0
     parameters_total: int = 0
     replicated: tuple[str, ...] = ()
@@ -51,7 +56,7 @@ class LightPart:
 
 
 class LightRank(Rank):
-    """A rank that waits instead of computing; it leaves its process id in the folder of the teacher."""
+    """A rank that waits instead of computing; it leaves a note under its process id in the folder of the teacher."""
 
     def load(self, job: CaptureJob, place: RankPlace) -> Any:
         """Open samples and dataset."""
@@ -61,15 +66,18 @@ class LightRank(Rank):
             self.wait_s *= 8
         self.samples = SampleSet.open(job.samples_url)
         self.writer = DatasetWriter.open(job.dataset_url, job.identity)
-        note = {"rank": place.rank, "replica": f"{place.master_address}:{place.master_port}"}
-        (job.model_folder / f"rank-{os.getpid()}.json").write_text(json.dumps(note))
-        return LightReport(place.rank)
+        self.note = {"rank": place.rank, "replica": f"{place.master_address}:{place.master_port}", "node": node_id()}
+        self._leave_note()
+        return LightReport(place.rank, self.note["node"])
 
     def score(self, unit: WorkUnit) -> Any:
         """Wait as long as the unit's tokens take."""
         start = time.perf_counter()
         if self.place.rank == 0 and self.writer.committed(unit.unit_id) is not None:
             return []
+        if "first_unit_at" not in self.note:
+            self.note["first_unit_at"] = time.time()
+            self._leave_note()
         samples = self.samples.read(unit.rows)
         left = unit.num_tokens
         while left > 0:
@@ -80,8 +88,18 @@ class LightRank(Rank):
             self._scored[unit.unit_id] = Scored(samples, LightPart(time.perf_counter() - start))
         return []
 
-    def _merge(self, samples: SampleBatch, parts: Sequence[Any]) -> TargetBatch:
-        return light_targets(samples, self.job.identity.tokenizer.vocab_size)
+    def _leave_note(self) -> None:
+        (self.job.model_folder / f"rank-{os.getpid()}.json").write_text(json.dumps(self.note))
+
+    def _merge(self, samples: SampleBatch, parts: Sequence[Any]) -> tuple[Sequence[int], TargetBatch]:
+        return range(len(samples)), light_targets(samples, self.job.identity.tokenizer.vocab_size)
+
+
+def node_id() -> str:
+    """Return the id of this process's Ray node."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def light_targets(samples: SampleBatch, vocab_size: int) -> TargetBatch:
@@ -130,3 +148,29 @@ def light_samples(folder: Path, num_documents: int, window_tokens: int = 64) -> 
     data = DataConfig(sources=[source], window_tokens=window_tokens, heldout_fraction=0.0)
     tokenizer = Tokenizer.load(ensure_tokenizer(EmbeddedTeacherConfig(vocab_size=512), data))
     return prepare_samples(data, tokenizer, folder), tokenizer.vocab_size
+
+
+def light_capture(
+    folder: Path,
+    url: str,
+    teacher: TeacherConfig,
+    unit_tokens: int,
+    on_event: Callable[[dict[str, Any]], None],
+    may_grow: bool = False,
+) -> Any:
+    """Capture the samples in `folder/samples` with the teacher in `folder/teacher`; returns a `CaptureResult`."""
+    from workers.coordinator import capture
+
+    samples = SampleSet.open(folder / "samples")
+    vocab_size = json.loads((folder / "teacher" / "config.json").read_text())["vocab_size"]
+    return capture(
+        teacher,
+        CacheConfig(url=url, kind="topk", top_k=TOP_K, unit_tokens=unit_tokens),
+        folder / "teacher",
+        samples,
+        samples.rows(),
+        light_identity(vocab_size),
+        on_event=on_event,
+        rank_class=LightRank,
+        may_grow=may_grow,
+    )

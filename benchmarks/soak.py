@@ -1,6 +1,7 @@
 """A capture that everything happens to: processes are killed, stopped and slowed at random until enough was broken.
 
-    python -m benchmarks.soak --kills 30 --limit-s 800      # one slice; prints one JSON line
+    python -m benchmarks.soak --kills 100 --limit-s 1200           # prints one JSON line
+    python -m benchmarks.soak --kills 0 --drivers 2                # two coordinators on one dataset, nothing breaks
 
 A Ray cluster of several nodes runs on this machine. A driver in a process of its own captures with light ranks (a wait
 instead of a model, see `light_rank.py`; all else is real), two to a replica. At random moments one of these happens:
@@ -37,26 +38,27 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import numpy as np
 
-from benchmarks.light_rank import LightRank, light_identity, light_samples, light_targets, light_teacher
-from storage.config import CacheConfig
+from benchmarks.light_rank import light_capture, light_identity, light_samples, light_targets, light_teacher
 from storage.reader import Dataset
-from storage.sample_set import SampleSet
 from storage.verify import verify_dataset
 from workers.config import TeacherConfig
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = {"rank": 6, "replica": 4, "hang": 3, "driver": 3, "node": 2, "second": 1}
 STORE_BYTES = 80 << 20
+UNIT_TOKENS = 128
 
 
 class Soak:
     """A cluster, a dataset, and drivers that come and go."""
 
-    def __init__(self, folder: Path, num_nodes: int, num_documents: int, wait_s: float, seed: int) -> None:
+    def __init__(
+        self, folder: Path, num_nodes: int, num_documents: int, wait_s: float, seed: int, num_drivers: int
+    ) -> None:
         from ray.cluster_utils import Cluster
 
         os.environ.update(LECTERN_LIGHT_WAIT_S=str(wait_s), LECTERN_LIGHT_SLOW_SHARE="0.1", PYTHONPATH=str(ROOT))
-        self.folder, self.chance = folder, random.Random(seed)
+        self.folder, self.chance, self.num_drivers = folder, random.Random(seed), num_drivers
         self.samples, self.vocab_size = light_samples(folder / "samples", num_documents)
         self.broken: Counter[str] = Counter()
         self.teacher = light_teacher(folder / "teacher", self.vocab_size)
@@ -99,7 +101,8 @@ class Soak:
         """Capture everything while things break, at most `kills` times in all or until the deadline."""
         self.round += 1
         before = self.captured()
-        self.start_driver()
+        for _ in range(self.num_drivers):
+            self.start_driver()
         next_at = time.monotonic() + 3
         while self.drivers:
             time.sleep(0.1)
@@ -147,7 +150,7 @@ class Soak:
             driver.kill()
             driver.wait()
             self.start_driver()
-        elif len(self.drivers) < 2:
+        elif len(self.drivers) <= self.num_drivers:
             self.start_driver()
         else:
             return
@@ -166,6 +169,15 @@ class Soak:
         assert np.array_equal(targets.id, expected.id) and np.array_equal(targets.logprob, expected.logprob)
         wait_until(lambda: not self.ranks(), "ranks are left: {}", self.ranks)
         return len(ids)
+
+    def scored_by_driver(self) -> list[int]:
+        """Return how many samples each driver that ever was has scored, killed ones among them, most first."""
+        scored = []
+        for path in self.folder.glob("events-*.jsonl"):
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            events = [event for event in map(json.loads, lines) if event["event"] == "unit_done"]
+            scored.append(sum(event["samples"] for event in events))
+        return sorted(scored, reverse=True)
 
     def check_cluster(self) -> None:
         """Check that Ray knows of no living actor and no placement group any more."""
@@ -221,34 +233,24 @@ def drive(folder: Path, url: str) -> None:
     """Capture as a driver: join the cluster named in the environment and work until nothing is missing."""
     import ray
 
-    from workers.coordinator import capture
-
     ray.init(log_to_driver=False)
-    samples = SampleSet.open(folder / "samples")
-    vocab_size = json.loads((folder / "teacher" / "config.json").read_text())["vocab_size"]
     teacher = TeacherConfig(
         name="light", ranks=2, replicas={"max": 3}, heartbeat_timeout_s=6, startup_timeout_s=120, max_attempts=20
     )
-    cache = CacheConfig(url=url, kind="topk", top_k=4, unit_tokens=128)
     events = (folder / f"events-{os.getpid()}.jsonl").open("w")
-    result = capture(
-        teacher,
-        cache,
-        folder / "teacher",
-        samples,
-        samples.rows(),
-        light_identity(vocab_size),
-        on_event=lambda event: print(json.dumps(event, default=str), file=events, flush=True),
-        rank_class=LightRank,
-    )
+
+    def write(event: dict[str, Any]) -> None:
+        print(json.dumps(event, default=str), file=events, flush=True)
+
+    result = light_capture(folder, url, teacher, UNIT_TOKENS, write)
     assert not result.failed_units, result.failed_units
     ray.shutdown()
 
 
-def soak(folder: Path, kills: int, limit_s: float, num_nodes: int, num_documents: int, wait_s: float, seed: int) -> Any:
+def soak(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Break things until there were `kills` of them or the time is up; returns the figures, or fails."""
-    began = time.monotonic()
-    work = Soak(folder, num_nodes, num_documents, wait_s, seed)
+    began, kills, limit_s = time.monotonic(), given.kills, given.limit_s
+    work = Soak(folder, given.nodes, given.documents, given.wait_s, given.seed, given.drivers)
     rows = 0
     try:
         while True:
@@ -268,8 +270,9 @@ def soak(folder: Path, kills: int, limit_s: float, num_nodes: int, num_documents
         "rows": rows,
         "rows_lost_or_twice": 0,
         "left_behind": 0,
-        "nodes": num_nodes,
-        "seed": seed,
+        "scored_by_driver": work.scored_by_driver(),
+        "nodes": given.nodes,
+        "seed": given.seed,
         "seconds": round(time.monotonic() - began, 1),
     }
 
@@ -280,6 +283,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--limit-s", type=float, default=1800)
     parser.add_argument("--nodes", type=int, default=3)
+    parser.add_argument("--drivers", type=int, default=1, help="coordinators that work on the dataset at once")
     parser.add_argument("--documents", type=int, default=200)
     parser.add_argument("--wait-s", type=float, default=0.002, help="seconds per token of a rank")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
@@ -290,8 +294,7 @@ def main() -> None:
         drive(given.folder, given.drive)
         return
     folder = Path(tempfile.mkdtemp(prefix="lectern-soak-"))
-    figures = soak(folder, given.kills, given.limit_s, given.nodes, given.documents, given.wait_s, given.seed)
-    print(json.dumps(figures), flush=True)
+    print(json.dumps(soak(given, folder)), flush=True)
     shutil.rmtree(folder)
 
 

@@ -6,7 +6,7 @@ from cluster.budget import check_api, token_counter
 from cluster.config import RunConfig
 from storage.object_store import Store
 from workers.api.answers import AnswerStore
-from workers.api.generation import keyed_requests
+from workers.api.generation import Author, keyed_requests
 from workers.api.prices import Prices
 from workers.api.prompts import read_prompts
 from workers.ledger.amounts import Amount
@@ -31,7 +31,9 @@ def api_plan(config: RunConfig, missing_samples: int, missing_tokens: int) -> di
         worst = prices.worst(missing_tokens, missing_samples)
         parts["capture"] = _facts(missing_samples, 0, expected, worst)
     if config.generate.prompts:
-        parts["generate"] = _generation(config, prices)
+        batch = config.teacher.api.batch
+        of_batch = prices if batch is None else Prices(config.teacher.api.prices, batch.price)
+        parts["generate"] = _generation(config, of_batch)
     return {
         "currency": config.budget.currency,
         "expected": round(sum(part["expected"] for part in parts.values()), 6),
@@ -57,7 +59,7 @@ def _generation(config: RunConfig, prices: Prices) -> dict[str, Any]:
     count = token_counter(config)
     answers = AnswerStore(Store(config.cache.url))
     requests = reused = sent = most_sent = 0
-    for key, request in keyed_requests(read_prompts(own), own, api, count):
+    for key, request in keyed_requests(read_prompts(own), own, Author.of_api(api), count):
         if key in answers:
             reused += 1
             continue

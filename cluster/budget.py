@@ -14,11 +14,13 @@ def check_api(config: RunConfig) -> None:
     for name in ("base_url", "model"):
         if getattr(api, name) is None:
             raise InputError(f"teacher.api.{name} is not set; a teacher behind an API needs it")
-    if config.teacher.kind == "api" and (cache.kind not in {"topk", "text"} or cache.hidden):
+    if config.teacher.kind != "local" and (cache.kind not in {"topk", "text"} or cache.hidden):
         raise InputError(
             f"cache.kind {cache.kind} needs the teacher's whole distribution, and hidden states need its weights; an "
             "endpoint gives its best entries at most: set cache.kind to topk (or text) and cache.hidden to []"
         )
+    if config.teacher.kind == "mixed" and (cache.kind == "text" or cache.attention):
+        raise InputError("teacher.kind mixed scores text here and through an endpoint: set cache.kind to topk alone")
     money = budget.cap is not None or budget.dataset.cap is not None
     if money and api.prices is None:
         raise InputError(

@@ -7,7 +7,7 @@ from cluster.config import RunConfig
 from cluster.rundir import RunDir
 from storage.config import DataConfig
 from storage.errors import InputError
-from storage.identity import CaptureIdentity, DatasetIdentity, TokenizerIdentity, require_same
+from storage.identity import DatasetIdentity, TokenizerIdentity, require_same
 from storage.info import INFO_KEY, DatasetInfo, read_info
 from storage.inputs import resolve_inputs
 from storage.object_store import Store
@@ -17,7 +17,7 @@ from storage.tokenizer import Tokenizer
 from trainer.curriculum import planned_shares
 from trainer.sampler import planned_counts
 from workers.embedded import max_positions
-from workers.model_folder import ModelFacts, check_teacher, model_facts
+from workers.model_folder import ModelFacts, capture_identity, check_teacher, model_facts
 
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 
@@ -126,7 +126,9 @@ def check_dataset(config: RunConfig, tokenizer: Tokenizer, identity: DatasetIden
         tokenizer=TokenizerIdentity(digest=tokenizer.digest, vocab_size=tokenizer.vocab_size),
         chat_template=info.identity.chat_template,
         precision=config.teacher.dtype,
-        capture=with_projection(CaptureIdentity.of(config.cache), config.cache.url),
+        capture=with_projection(
+            capture_identity(config.cache, config.teacher, info.identity.capture.classes), config.cache.url
+        ),
     )
     require_same(known, info.identity, f"cache.url {store.shown()}")
     return info

@@ -114,6 +114,26 @@ class RunConfig(Settings):
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
+    def _classes_fit_the_samples(self) -> Self:
+        task = self.teacher.task
+        if task == "next_token":
+            return self
+        if self.teacher.kind != "local":
+            raise ValueError(f"teacher.task {task} needs the model itself; an endpoint gives next tokens alone")
+        if self.cache.hidden or self.cache.attention or self.cache.kind == "text":
+            raise ValueError(
+                f"teacher.task {task} gives classes alone; leave cache.hidden and cache.attention empty, and set "
+                "cache.kind to dense or topk"
+            )
+        wanted = "last" if task == "sequence_classification" else "all"
+        if self.data.pack or self.data.supervise != wanted:
+            raise ValueError(
+                f"teacher.task {task} looks at one document at a time; set data.pack: false and data.supervise: "
+                f"{wanted}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _targets_serve_the_loss(self) -> Self:
         try:
             require_served(self.train.loss, CaptureIdentity.of(self.cache))

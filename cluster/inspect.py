@@ -17,6 +17,7 @@ from storage.parts import TargetReader
 from storage.projection import load_projection
 from storage.range_file import RangeFile
 from storage.reader import Dataset
+from storage.refusals import Refusals
 from storage.samples import ID_BYTES
 from storage.schema import file_metadata
 from storage.tokenizer import Tokenizer
@@ -48,7 +49,15 @@ def describe_dataset(dataset: Dataset) -> dict[str, Any]:
         "attention": dataset.identity.capture.attention,
         "head": len(dataset.store.list(HEAD_PREFIX)) > 0,
         "card": dataset.store.exists(CARD_KEY),
+        "refused": refused_reasons(dataset),
     }
+
+
+def refused_reasons(dataset: Dataset) -> dict[str, int]:
+    """Return reason → samples that a teacher refused and the dataset does not hold, most of them first."""
+    refusals = Refusals.read(dataset.store, dataset.info.fingerprint)
+    ids = refusals.sample_ids()
+    return dict(refusals.reasons(ids[dataset.missing(ids)]).most_common())
 
 
 def describe_others(union: DatasetUnion) -> dict[str, Any]:

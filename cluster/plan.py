@@ -30,6 +30,7 @@ from workers.api.identity import api_identity
 from workers.embedded import ensure_tokenizer, find_teacher
 from workers.model_folder import resolve_model, teacher_identity
 from workers.units import plan_units
+from workers.work import lacking
 
 LOGPROB_BYTES = 1.55
 """Compressed bytes of one stored log-probability, as measured on English and Python text."""
@@ -56,6 +57,8 @@ class Plan:
     cached_samples: int
     """Of these, in the dataset already."""
     missing_samples: int
+    refused_samples: int
+    """Not in the dataset either: a teacher refused them before, and the run does without."""
     missing_tokens: int
     units: int
     """Work units that would be scored."""
@@ -119,7 +122,7 @@ def make_plan(config: RunConfig, run: RunDir, rates: Rates = Rates()) -> Plan:
     checks.append("every source of the curriculum exists and has training samples")
     rows = capture_rows(samples, config.evaluate.samples_per_source)
     identity = _identity(config, tokenizer, checks, unknown)
-    missing, dataset = _missing(config, tokenizer, samples, rows, identity, unknown)
+    missing, refused, dataset = _missing(config, tokenizer, samples, rows, identity)
     fingerprint = identity.fingerprint if identity is not None else ""
     units = plan_units(missing, samples.num_tokens, samples.sample_ids, fingerprint, config.cache.unit_tokens, rows)
     measured = dataset is not None and dataset.totals().supervised > 0
@@ -129,7 +132,7 @@ def make_plan(config: RunConfig, run: RunDir, rates: Rates = Rates()) -> Plan:
     hours = missing_tokens / rate / 3600 * config.teacher.replicas.max if rate else None
     expected_bytes = round(per_token * int(samples.num_supervised[missing].sum()))
     passes = source_passes(config, samples)
-    api = api_plan(config, len(missing), missing_tokens) if config.teacher.kind == "api" else None
+    api = api_plan(config, len(missing), missing_tokens) if config.teacher.kind != "local" else None
     held = dataset.totals().bytes if dataset is not None else 0
     money = _money(config, run, samples, Rates(rate, rates.train), missing_tokens, passes, api, held + expected_bytes)
     return Plan(
@@ -137,8 +140,9 @@ def make_plan(config: RunConfig, run: RunDir, rates: Rates = Rates()) -> Plan:
         samples=len(rows),
         tokens=int(samples.num_tokens[rows].sum()),
         supervised_tokens=int(samples.num_supervised[rows].sum()),
-        cached_samples=len(rows) - len(missing),
+        cached_samples=len(rows) - len(missing) - refused,
         missing_samples=len(missing),
+        refused_samples=refused,
         missing_tokens=missing_tokens,
         units=len(units),
         expected_bytes=expected_bytes,
@@ -249,14 +253,15 @@ def _missing(
     samples: SampleSet,
     rows: Int64Array,
     identity: DatasetIdentity | None,
-    unknown: list[str],
-) -> tuple[Int64Array, Dataset | None]:
+) -> tuple[Int64Array, int, Dataset | None]:
+    """Return the rows to be scored, how many are left out as refused, and the run's own dataset where there is one."""
     own = check_dataset(config, tokenizer, identity) is not None
     dataset = open_existing(config.cache, identity)
     measured = dataset.datasets[0] if dataset is not None and own else None
     if dataset is None or identity is None:
-        return rows, measured
-    return rows[dataset.missing(samples.ids(rows))], measured
+        return rows, 0, measured
+    left = lacking(config.teacher, config.cache, samples, rows, identity, dataset)
+    return left.rows, left.refused.total(), measured
 
 
 def _estimate(config: RunConfig, tokenizer: Tokenizer) -> float:

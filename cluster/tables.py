@@ -32,6 +32,8 @@ def show_plan(out: Terminal, plan: "Plan") -> None:
     facts.add_row(
         "missing", f"{plan.missing_samples:,} samples, {plan.missing_tokens:,} tokens in {plan.units:,} units"
     )
+    if plan.refused_samples:
+        facts.add_row("left out", f"{plan.refused_samples:,} samples that the teacher refused before")
     facts.add_row(
         "expected size",
         f"{size(plan.expected_bytes)} more ({plan.bytes_per_token:g} bytes per supervised token, {basis})",
@@ -180,8 +182,11 @@ def show_generated(out: Terminal, found: dict[str, Any]) -> None:
             parts = ", ".join(f"{number:,} {reason}" for reason, number in found[name].items())
             facts.add_row(name.replace("_", " "), parts)
     facts.add_row("requests", f"{found['answered']:,} answered, {found['reused']:,} on disk before")
-    cost = found["cost"]
-    facts.add_row("spent", f"{cost['spent']:,.6g} {cost['currency']}, {cost['reserved']:,.6g} reserved")
+    if "cost" in found:
+        cost = found["cost"]
+        facts.add_row("spent", f"{cost['spent']:,.6g} {cost['currency']}, {cost['reserved']:,.6g} reserved")
+    else:
+        facts.add_row("written", f"{count(found['tokens'])} tokens, {found['tokens_per_s']:,.1f} tokens/s")
     out.show(facts)
 
 
@@ -213,6 +218,8 @@ def show_dataset(out: Terminal, facts: dict[str, Any]) -> None:
     rows.add_row("size", f"{size(facts['bytes'])}, {facts['bytes_per_token']:.2f} bytes per supervised token")
     for other in facts.get("also", ()):
         rows.add_row("also", f"{other['url']}: {other['teacher']}, {other['kind']}, {other['served']:,} samples more")
+    for reason, number in facts["refused"].items():
+        rows.add_row("refused", f"{number:,} samples: {reason}")
     rows.add_row("card", "README.md" if facts["card"] else "none; `lectern inspect --card` writes it")
     out.show(rows)
     columns = _table("column", "bytes per token", "compressed", "share")

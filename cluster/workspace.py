@@ -99,10 +99,10 @@ class Workspace:
         check_placement(self.config.cluster)
         config = self.config
         places = {"--run-dir": self.run.url, "cache.url": config.cache.url}
-        if config.teacher.kind == "api" and config.budget.ledger is not None:
+        if config.teacher.kind != "local" and config.budget.ledger is not None:
             places["budget.ledger"] = config.budget.ledger
         folders = {}
-        if config.teacher.kind == "local" and not is_hub_name(config.teacher.name):
+        if config.teacher.kind != "api" and not is_hub_name(config.teacher.name):
             folders[f"the teacher ({config.teacher.name})"] = str(self.model_folder)
         if config.student.path is not None and not is_hub_name(config.student.path):
             folders["student.path"] = str(Path(config.student.path).expanduser().absolute())

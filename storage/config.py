@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from storage.settings import Settings
+from storage.settings import Settings, added
 
 Codec = Literal["plain", "compact"]
 """How the entries are packed."""
@@ -59,6 +59,9 @@ class DataConfig(Settings):
     """Length of a context window, in tokens; at most the model's positions."""
     pack: bool = True
     """Pack several short documents into one window; attention and positions restart at each."""
+    supervise: Literal["all", "last"] = added("all")
+    """`all`: whatever the student must predict; `last`: of each window's documents the last token alone, where a
+    teacher that classifies whole texts has its one answer."""
     chat_template: str | None = None
     """Jinja chat template that replaces the tokenizer's own."""
     heldout_fraction: float = Field(default=0.05, ge=0.0, lt=1.0)
@@ -110,6 +113,12 @@ class CacheConfig(Settings):
     """Layers whose head-averaged attention is kept, e.g. `model.layers.3`; the teacher then runs eager attention."""
     unit_tokens: int = Field(default=65_536, ge=1)
     """Tokens scored and committed together; one data file each."""
+    most_refused: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Share of the samples that may be left out because the teacher refuses them: logits that are no numbers, text over
+    its context, content that a provider will not take. A capture that finds more ends with an error."""
+    retry_refused: bool = False
+    """Ask the teacher once more for what it refused; asked in another way, through another endpoint say, it is asked
+    anyhow."""
     verify_hashes: bool = True
     """Check each data file's SHA-256 the first time that a process reads it."""
     read_memory_bytes: int = Field(default=1 << 30, ge=1)

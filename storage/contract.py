@@ -135,13 +135,13 @@ def _check_finite(samples: SampleBatch, targets: TargetBatch) -> None:
 
 
 def _check_entries(samples: SampleBatch, targets: TargetBatch, identity: DatasetIdentity) -> None:
-    limit, vocab_size, kind = max_entries(identity), identity.tokenizer.vocab_size, identity.capture.kind
+    limit, vocab_size, kind = max_entries(identity), identity.num_targets, identity.capture.kind
     least = {"dense": vocab_size, "text": 0}.get(kind, 1)
     bad = (targets.count < least) | (targets.count > limit)
     _refuse_positions(bad, samples, targets, f"positions without {least} to {limit} entries")
     offsets = targets.entry_offsets
     outside = (targets.id < 0) | (targets.id >= vocab_size)
-    _refuse_entries(outside, offsets, samples, targets, f"target ids outside the vocabulary of {vocab_size}")
+    _refuse_entries(outside, offsets, samples, targets, f"target ids that are not below {vocab_size}")
     _refuse_entries(targets.logprob > MAX_LOGPROB, offsets, samples, targets, "log-probabilities above 0")
     outside = (targets.tail_mass < 0) | (targets.tail_mass > 1 + MAX_LOGPROB)
     _refuse_positions(outside, samples, targets, "a tail mass outside 0 to 1")

@@ -1,7 +1,7 @@
 """Copies a dataset into plain Parquet, whatever codec packs it: the columns that any reader of Parquet understands.
 
 The copy is a dataset by itself, of the same identity: it can be verified, trained from and added to. Each sample is in
-it once. Output head, projection and card come along.
+it once. Output head, projection, card and what the teacher refused come along.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,10 @@ from storage.errors import InputError
 from storage.heads import HEAD_PREFIX
 from storage.projection import PROJECTION_PREFIX
 from storage.reader import Dataset
+from storage.refusals import REFUSED_PREFIX
 from storage.writer import DatasetWriter
 
-_ASIDE = (HEAD_PREFIX, PROJECTION_PREFIX)
+_ASIDE = (HEAD_PREFIX, PROJECTION_PREFIX, REFUSED_PREFIX)
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,9 @@ ROWS_VERSION = 1
 
 _CHUNK_BYTES = 1 << 24
 
+
+Task = Literal["next_token", "token_classification", "sequence_classification"]
+"""What a teacher's distributions are over: the next token, or classes of a token or of a whole text."""
 
 DRAWN_KINDS = frozenset({"hybrid", "sampled"})
 """Kinds that hold draws."""
@@ -67,6 +70,10 @@ class CaptureIdentity(Settings):
     """Digest of the projection's file; null where nothing is projected."""
     attention: list[str] = added([])
     """Layers whose head-averaged attention is kept."""
+    task: Task = added("next_token")
+    """What the entries are: token ids, or the numbers of classes."""
+    classes: int | None = added(None)
+    """How many there are, where they are classes."""
 
     @classmethod
     def of(cls, cache: CacheConfig) -> Self:
@@ -93,9 +100,12 @@ class CaptureIdentity(Settings):
             "seed": self.kind in DRAWN_KINDS,
         }
         needed["hidden_dtype"] = bool(self.hidden)
+        needed["classes"] = self.task != "next_token"
         for name, applies in needed.items():
             if (getattr(self, name) is not None) != applies:
-                raise ValueError(f"capture.{name} must be {'set' if applies else 'null'} for kind {self.kind}")
+                raise ValueError(
+                    f"capture.{name} must be {'set' if applies else 'null'} for kind {self.kind}, task {self.task}"
+                )
         if not 1 <= self.draw_sets <= (16 if needed["draws"] else 1):
             raise ValueError(f"capture.draw_sets {self.draw_sets} does not fit kind {self.kind}")
         return self
@@ -112,6 +122,11 @@ class DatasetIdentity(Settings):
     """Precision of the teacher's forward pass, e.g. `bfloat16`."""
     capture: CaptureIdentity
     schema_version: int = ROWS_VERSION
+
+    @property
+    def num_targets(self) -> int:
+        """Return what every entry's id is below: the vocabulary's size, or the number of classes."""
+        return self.capture.classes or self.tokenizer.vocab_size
 
     @property
     def fingerprint(self) -> str:

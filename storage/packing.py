@@ -59,11 +59,15 @@ def cut(document: EncodedDocument, first_tokens: int, window_tokens: int) -> Ite
 class Packer:
     """Packs the documents of one source and split, in order, into windows of at most `window_tokens` tokens."""
 
-    def __init__(self, source: str, window_tokens: int, pack: bool = True) -> None:
-        """Start with an empty window; with `pack` false each document or piece gets a window of its own."""
+    def __init__(self, source: str, window_tokens: int, pack: bool = True, last_only: bool = False) -> None:
+        """Start with an empty window.
+
+        With `pack` false each document or piece gets a window of its own; `last_only` supervises its last token.
+        """
         self.source = source
         self.window_tokens = window_tokens
         self.pack = pack
+        self.last_only = last_only
         self._pieces: list[EncodedDocument] = []
         self._room = window_tokens
 
@@ -78,7 +82,7 @@ class Packer:
         if self.pack and len(document) > self.window_tokens and 4 * self._room >= self.window_tokens:
             room = max(self._room, MIN_TOKENS)
         windows = []
-        for piece in cut(document, room, self.window_tokens):
+        for piece in map(self._masked, cut(document, room, self.window_tokens)):
             if len(piece) > self._room or len(self._pieces) == MAX_DOCUMENTS:
                 windows += self.flush()
             self._pieces.append(piece)
@@ -86,6 +90,11 @@ class Packer:
             if not self.pack or self._room < MIN_TOKENS:
                 windows += self.flush()
         return windows
+
+    def _masked(self, piece: EncodedDocument) -> EncodedDocument:
+        if not self.last_only:
+            return piece
+        return EncodedDocument(piece.tokens, np.arange(len(piece)) == len(piece) - 1)
 
     def flush(self) -> list[Sample]:
         """Return the open window, if it holds anything, and start a new one."""

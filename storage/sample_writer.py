@@ -111,7 +111,8 @@ def _write_source(
     counters: Counter[str],
     on_progress: Progress | None,
 ) -> None:
-    packers = {split: Packer(source.name, data.window_tokens, data.pack) for split in SPLITS}
+    last_only = data.supervise == "last"
+    packers = {split: Packer(source.name, data.window_tokens, data.pack, last_only) for split in SPLITS}
     written: Counter[str] = Counter()
 
     def put(samples: Iterable[Sample], split: str) -> None:

@@ -52,7 +52,7 @@ class FileMetadata(Settings):
 
 def max_entries(identity: DatasetIdentity) -> int:
     """Return the most entries that a position can have under this identity, at most 65,535."""
-    capture, vocab_size = identity.capture, identity.tokenizer.vocab_size
+    capture, vocab_size = identity.capture, identity.num_targets
     if capture.kind == "dense":
         limit = vocab_size
     else:

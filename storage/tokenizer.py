@@ -25,8 +25,8 @@ class Tokenizer:
         digest: hex BLAKE2b (32 bytes) of the canonical content of `tokenizer.json`; equal digests give equal ids.
         chat_template: Jinja source of the chat template, or None.
         special_tokens: the named ones (`eos_token`, …) as text; chat templates use them.
-        bos_id: id that the tokenizer itself puts before a document, or None when it puts none.
-        eos_id: id that ends a document, or None.
+        bos_id: id that the tokenizer itself puts before a document (an encoder's is `cls_token`), or None.
+        eos_id: id that ends a document (an encoder's is `sep_token`), or None.
     """
 
     def __init__(self, folder: Path, content: str, config: Mapping[str, Any], chat_template: str | None) -> None:
@@ -38,7 +38,7 @@ class Tokenizer:
         self.digest = _digest(parsed)
         self.chat_template = chat_template
         self.special_tokens = _special_tokens(config)
-        self.eos_id = self._id_of("eos_token")
+        self.eos_id = self._id_of("eos_token" if "eos_token" in self.special_tokens else "sep_token")
         self.bos_id = self._leading_bos(config)
         self._chat = ChatTemplate(chat_template, self.special_tokens) if chat_template is not None else None
 
@@ -123,9 +123,9 @@ class Tokenizer:
 
     def _leading_bos(self, config: Mapping[str, Any]) -> int | None:
         """Id put before a document: as `add_bos_token` says, else what the post-processor does."""
-        if config.get("add_bos_token") is False or "bos_token" not in self.special_tokens:
+        bos = self._id_of("bos_token" if "bos_token" in self.special_tokens else "cls_token")
+        if config.get("add_bos_token") is False or bos is None:
             return None
-        bos = self._id_of("bos_token")
         added = self._engine.encode("a", add_special_tokens=True).ids
         return bos if config.get("add_bos_token") is True or added[0] == bos else None
 

@@ -13,6 +13,7 @@ from storage.info import INFO_KEY
 from storage.object_store import Store
 from storage.parts import Part
 from storage.reader import Dataset
+from storage.refusals import Refusals
 from storage.samples import Int64Array, UInt8Array
 from storage.shard_source import DEFAULT_READING, Reading
 
@@ -75,6 +76,14 @@ class DatasetUnion:
     def missing(self, sample_ids: SampleIds) -> Int64Array:
         """Return the indices of the asked samples that no dataset holds."""
         return np.flatnonzero(self.serving(sample_ids) < 0)
+
+    def refused(self, sample_ids: SampleIds) -> Int64Array:
+        """Return the indices of the asked samples that no dataset holds and the first one's teacher has refused."""
+        ids, own = id_array(sample_ids), self.datasets[0]
+        missing = self.missing(ids)
+        if not len(missing):
+            return missing
+        return missing[Refusals.read(own.store, own.info.fingerprint).mask(ids[missing])]
 
     def parts(self, sample_ids: SampleIds) -> list[Part]:
         """Return the asked samples, one part for each dataset that serves some; InputError when one is missing."""

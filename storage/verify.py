@@ -12,6 +12,7 @@ from storage.info import DatasetInfo, read_info
 from storage.manifest import DATA_PREFIX, ManifestRecord, manifest_keys, read_manifest, unit_of
 from storage.object_store import Store
 from storage.projection import load_projection
+from storage.refusals import check_refusals
 from storage.shard import damaged, read_shard
 
 
@@ -66,7 +67,7 @@ def verify_dataset(url: str, on_progress: Callable[[int, int], None] | None = No
             report.damaged_units.append(unit)
         if on_progress is not None:
             on_progress(done, len(units))
-    report.problems += _check_projection(store, info)
+    report.problems += _check_projection(store, info) + check_refusals(store, info.fingerprint)
     # Version 1 kept the final hidden state without the head.
     has_head = FINAL in info.identity.capture.hidden and (info.upgraded_from or info.schema_version) > 1
     report.problems += check_heads(store, info.fingerprint, bool(units) and has_head)

@@ -1,6 +1,6 @@
 """The mixing curriculum: which share of every step each source is planned to have, and the order that follows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,15 +19,23 @@ Float64Array = NDArray[np.float64]
 
 
 def planned_order(
-    samples: SampleSet, curriculum: CurriculumConfig, train: TrainConfig, dataset: DatasetUnion | None = None
+    samples: SampleSet,
+    curriculum: CurriculumConfig,
+    train: TrainConfig,
+    dataset: DatasetUnion | None = None,
+    left_out: Sequence[bytes] = (),
 ) -> PlannedOrder:
-    """Return the planned order of a run over the training samples.
+    """Return the planned order of a run over the training samples but those `left_out`.
 
     `dataset` tells how hard they are, where the curriculum asks for it. InputError when the mixture cannot be met.
     """
     hard = curriculum.difficulty
     assert hard is None or dataset is not None, "an order by difficulty needs the dataset"
-    ids = {name: samples.ids(samples.rows("train", name)) for name in samples.source_names}
+    without = frozenset(left_out)
+    ids = {
+        name: [sample_id for sample_id in samples.ids(samples.rows("train", name)) if sample_id not in without]
+        for name in samples.source_names
+    }
     shares = planned_shares(curriculum, {name: len(pool) for name, pool in ids.items()}, train.steps)
 
     def measure(sample_ids: UInt8Array) -> Float32Array:

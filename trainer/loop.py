@@ -59,7 +59,7 @@ class _Rank:
         with together():
             self.dataset = DatasetUnion.open(spec.dataset_urls, spec.identity, spec.reading)
             samples, adaptive = SampleSet.open(spec.samples_url), spec.curriculum.adaptive
-            self.order = planned_order(samples, spec.curriculum, self.train, self.dataset)
+            self.order = planned_order(samples, spec.curriculum, self.train, self.dataset, spec.left_out)
             decides = adaptive is not None and spec.mixing is None
             self.mixer = Mixer(adaptive, samples, self.dataset, self.train, place) if adaptive and decides else None
             self._module = build_module(spec, self.dataset, self.order, place)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
 from itertools import pairwise
 from typing import Any, Self
 
@@ -69,10 +70,12 @@ def run_facts(
     samples_key: str,
     also: Sequence[str] = (),
     mixing: Sequence[Mapping[str, Any]] | None = None,
+    left_out: Sequence[bytes] = (),
 ) -> dict[str, Any]:
     """Return, as flat `section.field` values, everything that the trained weights depend on.
 
-    `also` are more datasets, `mixing` what another run's adaptive curriculum decided, where this one follows it.
+    `also` are more datasets, `mixing` what another run's adaptive curriculum decided, where this one follows it,
+    `left_out` training samples that are not trained on, sorted.
     """
     sections = {
         "student": student.model_dump(mode="json"),
@@ -85,6 +88,8 @@ def run_facts(
         sections["dataset"]["also"] = [read_info(Store(url)).fingerprint for url in also]
     if mixing is not None:
         sections["curriculum"]["follows"] = [[decision["step"], decision["shares"]] for decision in mixing]
+    if left_out:
+        sections["samples"]["left_out"] = blake2b(b"".join(left_out), digest_size=16).hexdigest()
     return dict(_flatten(sections, ""))
 
 

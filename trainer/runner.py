@@ -55,6 +55,7 @@ def train_student(
     also: Sequence[str] = (),
     mixing: Sequence[dict[str, Any]] | None = None,
     labels: Mapping[str, str] | None = None,
+    left_out: Sequence[bytes] = (),
 ) -> TrainResult:
     """Train a student to the end and export it below `<run_dir>/<name>`.
 
@@ -78,6 +79,7 @@ def train_student(
         also: further datasets, for samples that the first one does not hold.
         mixing: decisions of another run with an adaptive curriculum (`TrainResult.mixing`), to train in its order.
         labels: what the nodes of the ranks must carry.
+        left_out: ids of training samples that no dataset holds and the run does without, sorted.
 
     Raises:
         InputError: something does not fit together; nothing was trained.
@@ -85,13 +87,13 @@ def train_student(
     """
     run_dir = Store(run_dir).url
     samples = SampleSet.open(samples_url)
-    facts = run_facts(student, train, curriculum, identity, samples.key, also, mixing)
+    facts = run_facts(student, train, curriculum, identity, samples.key, also, mixing, left_out)
     done = recorded_result(run_dir, name, facts)
     if done is not None:
         return done
     folder = resolve_student(student, identity)
     dataset = DatasetUnion.open([dataset_url, *also], identity, reading)
-    order = planned_order(samples, curriculum, train, dataset)
+    order = planned_order(samples, curriculum, train, dataset, left_out)
     _check_dataset(dataset, order, train.loss)
     _check_mixing(dataset, samples, curriculum)
     _check_layers(dataset, train.loss)
@@ -117,6 +119,7 @@ def train_student(
         labels=dict(labels or {}),
         resume=resume,
         mixing=None if mixing is None else tuple(mixing),
+        left_out=tuple(left_out),
     )
     on_event({"event": "train_start", "run": name, "step": at, "steps": train.steps})
     with _followed(run_dir, name, train.steps, on_event):

@@ -29,6 +29,11 @@ FITS: dict[str, Fit] = {
 
 def require_served(loss: LossConfig, capture: CaptureIdentity) -> None:
     """Raise InputError when a dataset cannot serve the divergence of a config, naming what would fit."""
+    if capture.task != "next_token":
+        raise InputError(
+            f"the dataset holds the classes of a teacher for {capture.task.replace('_', ' ')}, which no student here "
+            "learns from; name a dataset whose teacher says which token follows"
+        )
     if loss.distils and loss.exact:
         _require_final(capture)
     elif loss.distils:

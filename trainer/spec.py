@@ -34,3 +34,5 @@ class LoopSpec:
     """Name of the checkpoint below `<run_dir>/checkpoints/<name>` that this attempt starts from."""
     mixing: tuple[dict[str, Any], ...] | None = None
     """Decisions on the mixture that this run follows instead of making its own."""
+    left_out: tuple[bytes, ...] = ()
+    """Ids of training samples that the run does without."""

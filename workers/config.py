@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from storage.identity import Task
 from storage.settings import Settings
 from workers.api.config import ApiConfig, Signal
 
@@ -45,13 +46,18 @@ class ReplicasConfig(Settings):
 class TeacherConfig(Settings):
     """Which model is distilled, and how it is run."""
 
-    kind: Literal["local", "api"] = "local"
-    """`local`: loaded here and sharded with DeepSpeed; `api`: behind an OpenAI-compatible endpoint."""
+    kind: Literal["local", "api", "mixed"] = "local"
+    """`local`: loaded here and sharded with DeepSpeed; `api`: behind an OpenAI-compatible endpoint; `mixed`: both on
+    one queue, the cheaper one filled first; the endpoint must serve the very weights of `name` and score prompts."""
     name: str = "embedded"
     """`embedded`, a folder, or a hub name of any `AutoModelForCausalLM`; of an `api` teacher only its tokenizer and
     config are used."""
     revision: str | None = None
     """Commit of a hub model; pinned into the dataset's identity."""
+    task: Task = "next_token"
+    """What it says: which token follows (`AutoModelForCausalLM`), or of which class a token
+    (`AutoModelForTokenClassification`) or a whole text (`AutoModelForSequenceClassification`) is. Classes are stored
+    like token ids; they need `data.pack: false`, and those of texts `data.supervise: last`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the weights and the forward pass; `auto` is bfloat16 where the machine computes it natively, else
     float32. It is part of the dataset's identity: name one where several kinds of machine work on one dataset."""

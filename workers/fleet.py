@@ -9,7 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -17,10 +17,11 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from storage.errors import IntegrityError, LecternError, StorageError
-from workers.local.rank import BatchTooLargeError, CaptureJob, Rank, RankPlace
-from workers.policy import FailureKind
-from workers.replica import Done, Failed, Lost, Placed, Post, Ready, Seen
-from workers.units import WorkUnit
+from workers.config import TeacherConfig
+from workers.local.base_rank import BaseRank, BatchTooLargeError, RankPlace
+from workers.policy import FailureKind, FleetPolicy, ReplicaKind
+from workers.replica import Done, Failed, Lost, News, Placed, Post, Ready, Seen, Unit
+from workers.resources import describe
 
 SIDE_WORK = {"beat": 1, "commit": 1}
 """Methods of a rank that run beside scoring, one thread each: answers to heartbeats; encoding and upload."""
@@ -71,22 +72,41 @@ def when_all(
         future.add_done_callback(arrived)
 
 
+class Job(Protocol):
+    """What the ranks of a replica are told when they load."""
+
+    @property
+    def teacher(self) -> TeacherConfig:
+        """The model, and how it is split."""
+        ...
+
+    @property
+    def batch_tokens(self) -> int:
+        """Limit of a batch."""
+        ...
+
+    def limited(self, batch_tokens: int) -> "Job":
+        """Return the job with another limit of a batch."""
+        ...
+
+
 class LocalReplica:
     """One copy of the teacher; keeps `workers.replica.Replica`."""
 
     def __init__(
         self,
         number: int,
-        job: CaptureJob,
+        job: Job,
         device: str,
         strategy: str,
         post: Post,
-        rank_class: type[Rank] = Rank,
+        rank_class: type[BaseRank],
         labels: Mapping[str, str] | None = None,
     ) -> None:
-        """`device` is `cpu` or `cuda`, `strategy` the placement group's; `rank_class` may score in another way.
+        """`device` is `cpu` or `cuda`, `strategy` the placement group's; `rank_class` does the work.
 
-        `labels` are those that a node must carry to hold a rank.
+        Its `load` takes the job and a `RankPlace`, `score` a unit, `commit` a unit, a label of the attempt and what
+        the ranks' `score` returned. `labels` are those that a node must carry to hold a rank.
         """
         self.number, self.job, self.device, self.strategy, self.post = number, job, device, strategy, post
         self._labels = dict(labels or {})
@@ -104,7 +124,7 @@ class LocalReplica:
         self._ranks = [self._actor(index) for index in range(num_ranks)]
         self._then([rank.address.remote() for rank in self._ranks], self._load)
 
-    def give(self, unit: WorkUnit, attempt: int) -> None:
+    def give(self, unit: Unit, attempt: int) -> None:
         """Score a unit on all ranks and commit it on rank 0; parts go between the ranks, not through here."""
         boxes = [rank.score.remote(unit) for rank in self._ranks]
         label = f"a{attempt}r{self.number}"
@@ -158,6 +178,63 @@ class LocalReplica:
         )
         place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
         return actor.options(max_restarts=0, max_task_retries=0, scheduling_strategy=place).remote()
+
+
+class LocalReplicas:
+    """Makes replicas, and remembers for new ones what size of batch ran out of memory on earlier ones."""
+
+    def __init__(
+        self,
+        job: Job,
+        device: str,
+        strategy: str,
+        rank_class: type[BaseRank],
+        labels: Mapping[str, str] | None = None,
+    ) -> None:
+        """The arguments are those of `LocalReplica`."""
+        self._job, self._device, self._strategy, self._rank_class = job, device, strategy, rank_class
+        self._labels = labels
+        self._batch_tokens = job.batch_tokens
+
+    def make(self, number: int, _kind: ReplicaKind, post: Post) -> LocalReplica:
+        """Return a replica, not started yet."""
+        job = self._job.limited(self._batch_tokens)
+        return LocalReplica(
+            number, job, self._device, self._strategy, self._watched(post), self._rank_class, self._labels
+        )
+
+    def _watched(self, post: Post) -> Post:
+        given = self._batch_tokens
+
+        def watched(news: News) -> None:
+            if isinstance(news, Lost) and news.kind is FailureKind.MEMORY:
+                self._batch_tokens = max(1, min(self._batch_tokens, given // 2))
+            elif isinstance(news, Done) and news.receipt.batch_tokens:
+                self._batch_tokens = min(self._batch_tokens, news.receipt.batch_tokens)
+            post(news)
+
+        return watched
+
+
+def local_kind(teacher: TeacherConfig, device: str, price_per_hour: float = 0.0) -> ReplicaKind:
+    """Return what the fleet needs to know of a local teacher's replicas."""
+    return ReplicaKind(
+        name="local",
+        needs=describe(rank_bundle(device), teacher.ranks),
+        min=teacher.replicas.min,
+        max=teacher.replicas.max,
+        price_per_hour=price_per_hour,
+    )
+
+
+def fleet_policy(teacher: TeacherConfig) -> FleetPolicy:
+    """Return the limits that the config sets."""
+    return FleetPolicy(
+        max_attempts=teacher.max_attempts,
+        startup_timeout_s=teacher.startup_timeout_s,
+        unit_timeout_s=teacher.unit_timeout_s,
+        heartbeat_timeout_s=teacher.heartbeat_timeout_s,
+    )
 
 
 def _lost(replica: int, unit_id: str, kind: FailureKind, error: BaseException) -> Lost:

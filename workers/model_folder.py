@@ -11,6 +11,7 @@ from storage.errors import InputError
 from storage.identity import (
     CaptureIdentity,
     DatasetIdentity,
+    Task,
     TeacherIdentity,
     TokenizerIdentity,
     parameter_count,
@@ -35,6 +36,14 @@ class ModelFacts:
     """Longest window, where the config names one."""
     num_attention_heads: int | None
     num_key_value_heads: int | None
+    num_classes: int = 2
+    """Of a classifier; transformers' default where the config says nothing."""
+    one_class_each: bool = True
+    """Whether a classifier's classes exclude each other."""
+
+    def num_outputs(self, task: Task) -> int:
+        """Return the width of the output head."""
+        return self.vocab_size if task == "next_token" else self.num_classes
 
 
 def is_hub_name(name: str) -> bool:
@@ -88,6 +97,8 @@ def model_facts(folder: Path) -> ModelFacts:
         max_positions=text.get("max_position_embeddings"),
         num_attention_heads=text.get("num_attention_heads"),
         num_key_value_heads=text.get("num_key_value_heads"),
+        one_class_each=config.get("problem_type") in {None, "single_label_classification"},
+        num_classes=len(config.get("id2label") or ()) or int(config.get("num_labels", 2)),
     )
 
 
@@ -103,6 +114,11 @@ def check_teacher(facts: ModelFacts, teacher: TeacherConfig, tokenizer: Tokenize
             f"the tokenizer of teacher {teacher.name} has ids up to {tokenizer.vocab_size - 1}, its output head only "
             f"{facts.vocab_size} entries; the tokenizer is not this model's"
         )
+    if teacher.task != "next_token" and (facts.num_classes < 2 or not facts.one_class_each):
+        raise InputError(
+            f"teacher {teacher.name} gives {facts.num_classes} scores that are no distribution over classes (its "
+            "config's problem_type and id2label tell); a classifier with one right class of several is needed"
+        )
     if teacher.sharding == "none" and teacher.ranks > 1:
         raise InputError(
             f"teacher.sharding none holds the whole model in one rank, but teacher.ranks is {teacher.ranks}; set ranks "
@@ -117,6 +133,14 @@ def check_teacher(facts: ModelFacts, teacher: TeacherConfig, tokenizer: Tokenize
         )
 
 
+def capture_identity(cache: CacheConfig, teacher: TeacherConfig, num_classes: int | None) -> CaptureIdentity:
+    """Return what is kept of a teacher's distributions; `num_classes` counts where it is a classifier."""
+    capture = CaptureIdentity.of(cache)
+    if teacher.task == "next_token":
+        return capture
+    return capture.model_copy(update={"task": teacher.task, "classes": num_classes})
+
+
 def teacher_identity(
     folder: Path, teacher: TeacherConfig, cache: CacheConfig, tokenizer: Tokenizer, uses_chat_template: bool
 ) -> DatasetIdentity:
@@ -126,6 +150,7 @@ def teacher_identity(
         InputError: the folder has no safetensors weights, or `dense` entries do not fit their count column.
     """
     facts = model_facts(folder)
+    capture = capture_identity(cache, teacher, facts.num_classes)
     template = tokenizer.chat_template if uses_chat_template else None
     return DatasetIdentity(
         teacher=TeacherIdentity(
@@ -138,5 +163,5 @@ def teacher_identity(
         tokenizer=TokenizerIdentity(digest=tokenizer.digest, vocab_size=tokenizer.vocab_size),
         chat_template=None if template is None else blake2b(template.encode(), digest_size=16).hexdigest(),
         precision=teacher.dtype,
-        capture=with_projection(CaptureIdentity.of(cache), cache.url),
+        capture=with_projection(capture, cache.url),
     )

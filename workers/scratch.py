@@ -38,7 +38,7 @@ def score_aside(
     """
     store = Store(url)
     # Other datasets of the run may hold these samples: they are asked of this teacher all the same.
-    own = cache.model_copy(update={"url": store.url, "also": []})
+    own = cache.model_copy(update={"url": store.url, "also": [], "most_refused": 0.0})
     try:
         result = capture(teacher, own, model_folder, samples, rows, identity, device, on_event, may_grow=may_grow)
         if result.failed_units:

@@ -73,6 +73,14 @@ class _Rotated(Sequence[WorkUnit]):
         return self._plan[(index + self._start) % len(self)]
 
 
+def unit_of(
+    rows: Sequence[int] | Int64Array, num_tokens: Int64Array, sample_ids: UInt8Array, fingerprint: str
+) -> WorkUnit:
+    """Return rows of a sample set as one unit: what is left of a unit when some of its samples are not."""
+    (whole,) = plan_units(rows, num_tokens, sample_ids, fingerprint, unit_tokens=1 << 62)
+    return whole
+
+
 def plan_units(
     rows: Sequence[int] | Int64Array,
     num_tokens: Int64Array,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cluster.config import RunConfig
+from cluster.inspect import refused_reasons
 from cluster.plan import PLAN_KEY
 from cluster.report.outcome import compare, machine_cost
 from cluster.report.timeline import Timeline, failures, spending, timeline
@@ -167,6 +168,7 @@ def _cache(dataset: Dataset, capture: dict[str, Any]) -> dict[str, Any]:
         "scored_samples": capture.get("scored_samples", 0),
         "reused_samples": capture.get("reused_samples", 0),
         "kind": dataset.identity.capture.kind,
+        "refused": refused_reasons(dataset),
     }
 
 
@@ -179,7 +181,7 @@ def _cost(config: RunConfig, run: RunDir, line: Timeline) -> dict[str, Any]:
     """What machines and API came to: `spent` is both. An API costs what its ledger says."""
     machines = round(machine_cost(config.cluster, line), 6)
     api, reserved = 0.0, 0.0
-    if config.teacher.kind == "api":
+    if config.teacher.kind != "local":
         totals = spent_by(config, run)
         api, reserved = (totals.settled + totals.unknown).currency, totals.reserved.currency
     return {

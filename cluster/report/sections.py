@@ -167,6 +167,7 @@ def _dataset(data: ReportData) -> Section:
         ["tokens", f"{cache['tokens']:,}"],
         ["bytes", f"{cache['bytes']:,}"],
         ["bytes per supervised token", f"{cache['bytes_per_token']:.2f}"],
+        *([f"refused: {reason}", f"{number:,} samples, left out"] for reason, number in cache["refused"].items()),
         ["identity", str(data.summary["teacher"].get("fingerprint") or "unknown")],
     ]
     figures = [

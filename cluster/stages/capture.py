@@ -1,6 +1,8 @@
 """The teacher scores what the dataset does not hold yet."""
 
 import time
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -23,6 +25,7 @@ from storage.samples import Int64Array
 from storage.shard_source import Reading
 from storage.union import open_existing
 from workers.ledger.ledger import Standing
+from workers.work import Lacking, check_refused, lacking
 
 FLEET_EVERY_S = 30.0
 """Seconds between lines about the fleet in events.jsonl."""
@@ -43,11 +46,18 @@ def capture(work: Workspace) -> dict[str, Any]:
     with work.stage("capture") as outcome, work.progress.task("Capturing soft targets", "tokens") as task:
         before = (work.run.result("capture") or {}).get("last", {})
         result: dict[str, Any] = {"scored_samples": 0, "reused_samples": len(rows), "last": before}
-        if len(missing_rows(work, rows)):
+        left = still_lacking(work, rows)
+        refused: Mapping[str, int] = left.refused
+        check_refused(left.refused, len(rows), work.config.cache)
+        if len(left.rows):
             result = _score(work, rows, task)
             stopped = result["last"].get("stopped")
             unanswered = result["last"].get("unanswered", {})
             failed = result["last"]["failed_units"]
+            refused = result["last"]["refused"]
+        else:
+            result["reused_samples"] -= left.refused.total()
+        tell_refused(task, refused)
         if len(rows):
             _compact(work)
         outcome.skipped = not result["scored_samples"]
@@ -72,11 +82,23 @@ def capture(work: Workspace) -> dict[str, Any]:
     return result
 
 
-def missing_rows(work: Workspace, rows: Int64Array) -> Int64Array:
-    """Return those of `rows` that no dataset of the run holds yet."""
+def tell_refused(task: Shown, reasons: Mapping[str, int]) -> None:
+    """Say how many samples are left out because the teacher refuses them, and why most of them are."""
+    if reasons:
+        reason, number = max(reasons.items(), key=lambda item: item[1])
+        total = sum(reasons.values())
+        task.say(
+            f"  {count(total)} samples are left out: the teacher refuses them, {count(number)} because of: {reason}"
+        )
+
+
+def still_lacking(work: Workspace, rows: Int64Array) -> Lacking:
+    """Return those of `rows` that no dataset of the run holds yet, and what the teacher refused of them before."""
     check_dataset(work.config, work.tokenizer, work.identity)
     dataset = open_existing(work.config.cache, work.identity)
-    return rows if dataset is None else rows[dataset.missing(work.samples.ids(rows))]
+    if dataset is None:
+        return Lacking(rows, Counter())
+    return lacking(work.config.teacher, work.config.cache, work.samples, rows, work.identity, dataset)
 
 
 def _compact(work: Workspace) -> None:
@@ -94,7 +116,7 @@ def open_dataset(work: Workspace) -> Dataset:
 
 
 def _score(work: Workspace, rows: Int64Array, task: Shown) -> dict[str, Any]:
-    if work.config.teacher.kind == "api":
+    if work.config.teacher.kind != "local":
         return score_api(work, rows, task, _Follower(work, task).on_event)
     session = work.ray(task)
     from workers.coordinator import capture as score_missing

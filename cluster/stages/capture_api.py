@@ -32,7 +32,7 @@ def score_api(work: Workspace, rows: Int64Array, task: Shown, on_event: OnEvent)
     if config.cache.kind == "text":
         from workers.api.capture import keep_text
 
-        return _result(keep_text(config.cache, work.samples, rows, work.identity))
+        return _result(keep_text(config.teacher, config.cache, work.samples, rows, work.identity))
     found = probed(work, task)
     if found.scoring is None:
         raise InputError(
@@ -40,7 +40,29 @@ def score_api(work: Workspace, rows: Int64Array, task: Shown, on_event: OnEvent)
             "say what it thinks of given text. Have it write text instead: `lectern generate`, then a source with the "
             "kept completions and cache.kind: text"
         )
-    work.ray(task)
+    session = work.ray(task)
+    if config.teacher.kind == "mixed":
+        from workers.mixed import capture_mixed
+
+        return _result(
+            capture_mixed(
+                config.teacher,
+                config.cache,
+                work.model_folder,
+                work.samples,
+                rows,
+                work.identity,
+                found.scoring,
+                ledger_store(config).url,
+                budget_of(config, work.run),
+                session.device,
+                on_event,
+                config.cluster.price_per_hour,
+                ((work.run.result("capture") or {}).get("last") or {}).get("tokens_per_s"),
+                may_grow=not session.local,
+                labels=work.labels("capture"),
+            )
+        )
     from workers.api.capture import capture_api
 
     result = capture_api(
@@ -89,6 +111,5 @@ def _result(found: Any) -> dict[str, Any]:
     return {
         "scored_samples": found.scored_samples,
         "reused_samples": found.reused_samples,
-        "set_aside": dict(found.set_aside),
         "last": last,
     }

@@ -13,8 +13,9 @@ from cluster.workspace import Workspace
 from storage.config import CacheConfig
 from storage.errors import InputError, LecternError, WorkerError
 from storage.identity import DatasetIdentity
+from storage.samples import Int64Array
 from storage.shard_source import Reading
-from storage.union import DatasetUnion, dataset_urls
+from storage.union import DatasetUnion, dataset_urls, open_existing
 
 Ids = dict[str, list[bytes]]
 
@@ -27,8 +28,7 @@ def evaluate(work: Workspace, names: list[str]) -> dict[str, Any]:
     that the report shows. Raises InputError when there is no held-out sample or no trained model.
     """
     settings = work.config.evaluate
-    rows = heldout_rows(work.samples, settings.samples_per_source)
-    ids = {source: work.samples.ids(chosen) for source, chosen in rows.items() if len(chosen)}
+    ids = _scored_ids(work, heldout_rows(work.samples, settings.samples_per_source))
     if not ids:
         raise InputError("there are no held-out samples to evaluate on; raise data.heldout_fraction")
     key = stage_key(
@@ -45,6 +45,18 @@ def evaluate(work: Workspace, names: list[str]) -> dict[str, Any]:
         task.note(", ".join(f"{name} {_mean(result[name]):.3f}" for name in ("teacher", *names)) + " nats")
     work.run.finish("evaluate", key, result)
     return result
+
+
+def _scored_ids(work: Workspace, rows: dict[str, Int64Array]) -> Ids:
+    """Return the ids of each source's rows, without what the teacher refuses to score."""
+    dataset = open_existing(work.config.cache, work.identity)
+    found = {}
+    for source, chosen in rows.items():
+        ids = work.samples.ids(chosen)
+        refused = set(dataset.refused(ids).tolist()) if dataset is not None and ids else set()
+        if kept := [sample_id for n, sample_id in enumerate(ids) if n not in refused]:
+            found[source] = kept
+    return found
 
 
 def _scores(work: Workspace, names: list[str], ids: Ids, task: Shown) -> dict[str, Any]:

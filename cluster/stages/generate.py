@@ -11,11 +11,14 @@ from cluster.stages.ledger import budget_of, ledger_store
 from storage.errors import InputError, WorkerError
 from storage.object_store import Store
 from workers.api.answers import AnswerStore
+from workers.api.batch import BatchAsker
+from workers.api.batch_calls import BatchCalls
 from workers.api.client import ApiClient
 from workers.api.completions import write_completions
 from workers.api.filters import make_checker
-from workers.api.generation import AskResult, ask_all, keyed_requests, run_asking
+from workers.api.generation import AskResult, Author, ask_all, keyed_requests, run_asking
 from workers.api.key import read_key
+from workers.api.prices import Prices
 from workers.api.prompts import read_prompts
 from workers.ledger.client import LedgerClient
 from workers.ledger.ledger import Ledger, describe
@@ -33,13 +36,19 @@ def generate(config: RunConfig, run: RunDir, progress: Progress) -> dict[str, An
         BudgetError: a cap ended the asking; what was paid for is written.
         WorkerError: some requests got no answer; all others are written, and a later run asks only those.
     """
+    if config.teacher.kind == "local":
+        from cluster.stages.generate_local import generate_local
+
+        return generate_local(config, run, progress)
+    if config.teacher.kind == "mixed":
+        raise InputError("`lectern generate` asks one teacher: set teacher.kind to local or api")
     own, api = config.generate, config.teacher.api
     check_api(config)
     if own.url is None:
         raise InputError("generate.url is not set; name the folder or URL that the completions go to")
     read_key(api)
     make_checker(own.filters.checker)
-    count = token_counter(config)
+    count, author = token_counter(config), Author.of_api(api)
     total = own.samples * sum(1 for _ in read_prompts(own))
     out, paid = Store(own.url), Store(config.cache.url)
     out.probe()
@@ -48,20 +57,25 @@ def generate(config: RunConfig, run: RunDir, progress: Progress) -> dict[str, An
     began = time.monotonic()
     run.event("stage_started", stage="generate")
     with progress.task("Generating", "completions") as task:
-        keyed = keyed_requests(read_prompts(own), own, api, count)
+        keyed = keyed_requests(read_prompts(own), own, author, count)
         noted = _Noted(task, ledger, total)
 
         async def work() -> tuple[AskResult, dict[str, int]]:
             client = ApiClient(api, LedgerClient.of(ledger), count_tokens=count)
             try:
-                found = await ask_all(keyed, client, answers, noted.on_progress)
+                if api.batch is None:
+                    found = await ask_all(keyed, client, answers, noted.on_progress)
+                else:
+                    prices = Prices(api.prices, api.batch.price)
+                    asker = BatchAsker(BatchCalls(client), ledger, answers, paid, prices, count)
+                    found = await asker.ask_all(keyed, noted.on_batches)
             finally:
                 await client.close()
             return found, client.counters.retried
 
         asked, retried = run_asking(work)
         noted.on_progress(asked, last=True)
-    summary = write_completions(out, read_prompts(own), own, api, answers, count)
+    summary = write_completions(out, read_prompts(own), own, author, answers, count)
     cost = describe(ledger.standing())
     facts = {**summary, "answered": asked.answered, "reused": asked.reused, "retried": retried, "cost": cost}
     run.event("stage_finished", stage="generate", seconds=round(time.monotonic() - began, 3), skipped=False, **facts)
@@ -83,6 +97,12 @@ class _Noted:
     def __init__(self, task: Shown, ledger: Ledger, total: int) -> None:
         self._task, self._ledger, self._total = task, ledger, total
         self._at = 0.0
+
+    def on_batches(self, result: AskResult, done: int) -> None:
+        """Take the counts so far, and how many requests of open batches the endpoint is through with."""
+        asked = result.answered + result.reused + result.set_aside
+        standing = standing_text(self._ledger.standing(), result.answered)
+        self._task.update(asked, self._total, f"{done} more done in batches, {standing}")
 
     def on_progress(self, result: AskResult, last: bool = False) -> None:
         """Take the counts so far."""

@@ -25,12 +25,12 @@ from workers.model_folder import resolve_model, teacher_identity
 def prepare(work: Workspace) -> None:
     """Turn text into samples below the run directory; checks all that can be checked before a model is loaded."""
     config = work.config
-    if config.teacher.kind == "api":
+    if config.teacher.kind != "local":
         check_api(config)
         if config.teacher.name == "embedded":
             raise InputError(
-                "teacher.name is embedded, teacher.kind api; name the folder or hub name of the model behind the "
-                "endpoint: its tokenizer and config are needed to score text"
+                f"teacher.name is embedded, teacher.kind {config.teacher.kind}; name the folder or hub name of the "
+                "model behind the endpoint: its tokenizer and config are needed to score text"
             )
     check_places(config, work.run)
     work.run.write_config(config)

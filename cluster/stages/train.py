@@ -7,6 +7,7 @@ from cluster.progress import Shown
 from cluster.rundir import stage_key
 from cluster.workspace import Workspace
 from storage.shard_source import Reading
+from storage.union import open_existing
 from trainer.config import LossConfig, TrainConfig
 from trainer.result import TrainResult, recorded_result, run_facts
 
@@ -25,22 +26,46 @@ def train(work: Workspace, name: str) -> dict[str, Any]:
     mixing = None
     if name != "student" and config.curriculum.adaptive is not None:
         mixing = (work.run.result("student") or {}).get("mixing")
+    left_out = refused_ids(work)
     facts = run_facts(
-        config.student, settings, config.curriculum, work.identity, work.samples.key, config.cache.also, mixing
+        config.student,
+        settings,
+        config.curriculum,
+        work.identity,
+        work.samples.key,
+        config.cache.also,
+        mixing,
+        left_out,
     )
     with work.stage(name) as outcome, work.progress.task(f"Training the {name}", "steps") as task:
         result = recorded_result(work.run.url, name, facts)
         outcome.skipped = result is not None
         if result is None:
-            result = _fit(work, name, settings, mixing, task)
+            if left_out:
+                task.say(f"  {count(len(left_out))} training samples are left out: the teacher refuses to score them")
+            result = _fit(work, name, settings, mixing, left_out, task)
         task.note(f"loss {result.losses['loss']:.3f}, {count(result.tokens_per_s)} tokens/s")
         outcome.facts = {"steps": result.steps, "order_digest": result.order_digest}
     work.run.finish(name, stage_key(facts), result.to_json())
     return result.to_json()
 
 
+def refused_ids(work: Workspace) -> list[bytes]:
+    """Return the training samples that no dataset of the run holds because the teacher refuses them, sorted."""
+    dataset = open_existing(work.config.cache, work.identity)
+    if dataset is None:
+        return []
+    rows = work.samples.rows("train")
+    return sorted(work.samples.ids(rows[dataset.refused(work.samples.sample_ids[rows])]))
+
+
 def _fit(
-    work: Workspace, name: str, settings: TrainConfig, mixing: list[dict[str, Any]] | None, task: Shown
+    work: Workspace,
+    name: str,
+    settings: TrainConfig,
+    mixing: list[dict[str, Any]] | None,
+    left_out: list[bytes],
+    task: Shown,
 ) -> TrainResult:
     session = work.ray(task)
     from trainer.runner import train_student
@@ -72,4 +97,5 @@ def _fit(
         also=config.cache.also,
         mixing=mixing,
         labels=work.labels("train"),
+        left_out=left_out,
     )

@@ -40,7 +40,7 @@ def job_environment(config: RunConfig, given: Sequence[str], environment: Mappin
 
 def api_key_name(config: RunConfig) -> str | None:
     """Return the variable with the key of a teacher behind an API, where the config has one."""
-    return config.teacher.api.key_env if config.teacher.kind == "api" else None
+    return config.teacher.api.key_env if config.teacher.kind != "local" else None
 
 
 def secret_values(taken: Mapping[str, str], environment: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:

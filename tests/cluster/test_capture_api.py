@@ -113,6 +113,34 @@ def test_scores_prompts_with_faults_a_cap_and_resumes(
         assert not file.is_file() or KEY.encode() not in file.read_bytes(), file
 
 
+def test_a_refused_sample_is_left_out_by_every_command(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CANARY_KEY", KEY)
+    samples = world.samples()
+    row = int(samples.rows("train", "general")[0])
+    first_ids = json.dumps(samples.read([row]).sample(0).tokens[:8].tolist()).rstrip("]")
+    with endpoint(key=KEY, vocab=vocabulary(world), prompt_logprobs=20, refuse=first_ids) as server:
+        configure(world, server.url)
+        ended = lectern(world, "capture", "--json")
+        assert ended.exit_code == 0, ended.output
+        assert "1 samples are left out: the teacher refuses them" in ended.output
+        found = last(ended)["capture"]
+        assert list(found["last"]["refused"].values()) == [1]
+        asked = server.stats()["asked"]
+        again = last(lectern(world, "capture", "--json"))["capture"]
+        assert (again["scored_samples"], again["reused_samples"]) == (0, found["scored_samples"])
+        assert server.stats()["asked"] == asked
+    plan = last(lectern(world, "plan", "--json"))
+    assert (plan["missing_samples"], plan["refused_samples"]) == (0, 1)
+    (reason,) = last(lectern(world, "inspect", "--json"))["refused"]
+    assert reason in lectern(world, "inspect").stdout.replace("\n", " ")
+    world.values["student"]["config"] |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    ended = lectern(world, "train", "--json")
+    assert ended.exit_code == 0, ended.output
+    assert "1 training samples are left out" in ended.output
+    assert lectern(world, "evaluate", "--json").exit_code == 0
+    assert last(lectern(world, "report", "--json"))["cache"]["refused"] == {reason: 1}
+
+
 def test_what_an_endpoint_cannot_do_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CANARY_KEY", KEY)
     with endpoint(key=KEY, vocab=vocabulary(world), prompt_logprobs=0, echo=False, top_logprobs=5) as server:

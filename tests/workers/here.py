@@ -12,10 +12,10 @@ from storage.identity import DatasetIdentity
 from storage.sample_set import SampleSet
 from storage.writer import DatasetWriter
 from workers.config import TeacherConfig
-from workers.coordinator import CaptureResult
 from workers.local.head import output_head
 from workers.local.rank import CaptureJob, scoring_settings
 from workers.local.scoring import merge_parts, score_part
+from workers.result import CaptureResult
 
 
 def capture_here(

@@ -11,19 +11,21 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from storage.config import CacheConfig
-from storage.errors import InputError
+from storage.errors import InputError, WorkerError
 from storage.heads import full_logprobs, load_head
 from storage.hidden import states_tensor
 from storage.identity import DatasetIdentity
 from storage.object_store import Store
 from storage.reader import Dataset
 from storage.targets import TargetBatch
+from storage.union import DatasetUnion
 from storage.verify import verify_dataset
 from tests.processes import own_processes
 from tests.workers.conftest import TinyRun
 from workers.config import TeacherConfig
-from workers.coordinator import CaptureResult, capture
+from workers.coordinator import capture
 from workers.model_folder import teacher_identity
+from workers.result import CaptureResult
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
@@ -157,15 +159,42 @@ def test_unknown_layer_is_one_clear_error(tiny_run: TinyRun) -> None:
         run_capture(tiny_run, folder, teacher, tiny_run.cache("layer", hidden=["model.layers.99"]))
 
 
-def test_a_teacher_of_nan_sets_its_units_aside(tiny_run: TinyRun) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_run.model("qwen2", 64))
+def broken(run: TinyRun, name: str, head: bool) -> Path:
+    """Return a teacher with a NaN in its output head, or in the embedding of the rarest token."""
+    model = AutoModelForCausalLM.from_pretrained(run.model("qwen2", 64))
+    counts = np.bincount(run.samples.read(run.samples.rows()).tokens)
+    rarest = int(np.flatnonzero(counts == counts[counts > 0].min())[0])
     with torch.no_grad():
-        model.get_output_embeddings().weight[5] = float("nan")
-    folder = tiny_run.folder / "nan-teacher"
+        layer = model.get_output_embeddings() if head else model.get_input_embeddings()
+        layer.weight[rarest] = float("nan")
+    folder = run.folder / name
     model.save_pretrained(folder)
+    return folder
+
+
+def test_a_teacher_of_nan_ends_the_capture_and_stores_nothing(tiny_run: TinyRun) -> None:
+    folder = broken(tiny_run, "nan-teacher", head=True)
     teacher = TeacherConfig(name=str(folder), dtype="float32", sharding="none")
-    cache = tiny_run.cache("nan", unit_tokens=100_000)
+    cache = tiny_run.cache("nan")
+    samples = tiny_run.samples
+    with pytest.raises(WorkerError, match=r"refuses \d+ of \d+ samples .*NaN or infinite.*the last are [0-9a-f]{32}"):
+        run_capture(tiny_run, folder, teacher, cache)
+    dataset = DatasetUnion.open([cache.url])
+    assert len(dataset.datasets[0].catalog) == 0
+    assert 0 < len(dataset.refused(samples.sample_ids)) < samples.num_samples, "it goes on although all is refused"
+
+
+def test_single_refused_samples_are_left_out_on_two_ranks_and_not_asked_again(tiny_run: TinyRun) -> None:
+    folder = broken(tiny_run, "half-nan-teacher", head=False)
+    teacher = TeacherConfig(name=str(folder), dtype="float32", sharding="tensor_parallel", ranks=2)
+    cache = tiny_run.cache("half-nan", unit_tokens=1000)
+    samples = tiny_run.samples
     result, identity = run_capture(tiny_run, folder, teacher, cache)
-    assert result.scored_samples == 0
-    assert "NaN or infinite" in result.failed_units[0]["error"]
-    assert len(Dataset.open(cache.url, identity).catalog) == 0
+    refused = sum(result.refused.values())
+    assert 0 < refused <= 3 and not result.failed_units and not result.replicas_lost
+    assert result.scored_samples == samples.num_samples - refused == len(Dataset.open(cache.url, identity).catalog)
+    assert verify_dataset(cache.url).ok
+    events: list[dict[str, Any]] = []
+    again, _ = run_capture(tiny_run, folder, teacher, cache, events.append)
+    assert again.scored_samples == 0 and again.refused == result.refused
+    assert [event["event"] for event in events] == ["units_planned"]

@@ -13,7 +13,8 @@ from storage.writer import DatasetWriter
 from tests.workers.conftest import TinyRun
 from tests.workers.tiny import tiny_model
 from workers.config import TeacherConfig
-from workers.local.rank import BatchTooLargeError, CaptureJob, Rank, RankPlace, scoring_settings
+from workers.local.base_rank import BatchTooLargeError, RankPlace
+from workers.local.rank import CaptureJob, Rank, scoring_settings
 from workers.model_folder import teacher_identity
 from workers.units import WorkUnit, plan_units
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from storage.contract import check_contract
-from storage.errors import InputError, IntegrityError
+from storage.errors import InputError
 from storage.identity import CaptureIdentity, DatasetIdentity, TeacherIdentity, TokenizerIdentity
-from storage.samples import SampleBatch
+from storage.samples import SampleBatch, offsets_of
 from storage.targets import TargetBatch
 from tests.workers.tiny import PADDED_SIZE, VOCAB_SIZE, tiny_model, window
 from workers.local.hooks import attention_module, check_layers
-from workers.local.scoring import ScoringSettings, merge_parts, score_part
+from workers.local.scoring import ScoringSettings, merge_parts, score_part, scored_samples
 from workers.local.selection import SelectionSettings
 
 SAMPLES = SampleBatch.of([window([9, 4], 1), window([12], 2), window([3, 2, 6], 3), window([5], 4)])
@@ -105,12 +105,31 @@ def test_unknown_layer_lists_those_that_exist() -> None:
         check_layers(tiny_model("qwen2"), ["final", "model.layers.7"])
 
 
-def test_non_finite_teacher_names_the_samples() -> None:
+@pytest.mark.parametrize("num_ranks,data_parallel", [(1, False), (3, False), (2, True)])
+def test_samples_with_logits_that_are_no_numbers_are_left_out(num_ranks: int, data_parallel: bool) -> None:
+    model, how = tiny_model("qwen2"), settings(data_parallel, hidden=("final",))
+    whole = targets(model, how)
+    tokens = [set(SAMPLES.sample(n).tokens.tolist()) for n in range(len(SAMPLES))]
+    own = next(token for token in sorted(tokens[1]) if not any(token in tokens[n] for n in (0, 2, 3)))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[own] = float("nan")
+    parts = [score_part(model, SAMPLES, how, rank, num_ranks, CPU) for rank in range(num_ranks)]
+    assert scored_samples(len(SAMPLES), parts) == [0, 2, 3]
+    got = merge_parts(SAMPLES, parts, how)
+    kept = np.repeat(np.array([True, False, True, True]), SAMPLES.num_supervised())
+    np.testing.assert_array_equal(got.count, whole.count[kept])
+    np.testing.assert_array_equal(got.id, whole.id[np.repeat(kept, whole.count)])
+    np.testing.assert_array_equal(got.offsets, offsets_of(SAMPLES.take([0, 2, 3]).num_supervised()))
+    np.testing.assert_allclose(got.hidden["final"], whole.hidden["final"][kept], atol=2e-3)
+    np.testing.assert_allclose(got.teacher_nll, whole.teacher_nll[[0, 2, 3]], rtol=1e-4)
+
+
+def test_a_teacher_of_nan_refuses_all() -> None:
     model = tiny_model("qwen2")
     with torch.no_grad():
         model.get_output_embeddings().weight[3] = float("nan")
-    with pytest.raises(IntegrityError, match=SAMPLES.ids()[0].hex()):
-        targets(model, settings())
+    part = score_part(model, SAMPLES, settings(), 0, 1, CPU)
+    assert scored_samples(len(SAMPLES), [part]) == [] and part.selection is None
 
 
 @pytest.mark.parametrize("num_ranks,data_parallel", [(1, False), (3, False), (2, True)])

@@ -3,7 +3,9 @@
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from storage.errors import BudgetError
@@ -15,7 +17,7 @@ from storage.writer import DatasetWriter, Receipt
 from workers.api.answers import Answer, AnswerStore, request_key
 from workers.api.client import ApiClient, GivenUpError, SetAsideError
 from workers.api.generation import endpoint_name
-from workers.api.reply import Reply
+from workers.api.reply import Reply, Request
 from workers.api.scoring import (
     ScoredPositions,
     ScoringMethod,
@@ -27,7 +29,7 @@ from workers.api.scoring import (
 from workers.config import TeacherConfig
 from workers.ledger.client import LedgerClient
 from workers.ledger.ledger import Batch, Budget, Ledger, Standing
-from workers.units import WorkUnit, plan_units
+from workers.units import WorkUnit, unit_of
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class ApiJob:
     dataset_url: str
     identity: DatasetIdentity
     method: ScoringMethod
+    retry_refused: bool = False
+    """Ask once more for what the endpoint refused before."""
 
 
 @dataclass
@@ -52,8 +56,8 @@ class ApiReceipt:
     forward_s: float = 0.0
     """Waiting for the endpoint."""
     commit_s: float = 0.0
-    set_aside: dict[str, int] = field(default_factory=dict)
-    """Reason → samples that the endpoint refuses."""
+    refused: dict[bytes, str] = field(default_factory=dict)
+    """Id → reason of the samples that the endpoint refuses."""
     failed: dict[str, int] = field(default_factory=dict)
     """Reason → samples that got no answer; a later run asks again."""
     stopped: str | None = None
@@ -110,15 +114,13 @@ class ApiScorer:
         batch = self._samples.read(unit.rows)
         samples = [batch.sample(n) for n in range(len(batch))]
         found = await asyncio.gather(*(self._sample(sample) for sample in samples), return_exceptions=True)
-        done = self._sort(found, result)
+        done = self._sort(samples, found, result)
         result.forward_s = time.perf_counter() - start
         await self._client.ledger.settled()
         if done:
             start = time.perf_counter()
             rows = [unit.rows[n] for n in done]
-            (whole,) = plan_units(
-                rows, self._samples.num_tokens, self._samples.sample_ids, self._job.identity.fingerprint, 1 << 62
-            )
+            whole = unit_of(rows, self._samples.num_tokens, self._samples.sample_ids, self._job.identity.fingerprint)
             part = batch.take(done)
             targets = targets_of(part, [found[n] for n in done])  # type: ignore[misc]
             result.receipt = await asyncio.to_thread(self._writer.commit, whole.unit_id, part, targets, label)
@@ -126,23 +128,22 @@ class ApiScorer:
             result.commit_s = time.perf_counter() - start
         return result
 
-    def _sort(self, found: list[Any], result: ApiReceipt) -> list[int]:
-        """Return the places of the samples that were scored; the others are counted by their reason."""
-        aside: Counter[str] = Counter()
+    def _sort(self, samples: Sequence[Sample], found: Sequence[Any], result: ApiReceipt) -> list[int]:
+        """Return the places of the samples that were scored; the others are told by their reason."""
         failed: Counter[str] = Counter()
         done = []
         for place, item in enumerate(found):
             if isinstance(item, BudgetError):
                 result.stopped = str(item)
             elif isinstance(item, SetAsideError):
-                aside[str(item)] += 1
+                result.refused[samples[place].sample_id] = str(item)
             elif isinstance(item, GivenUpError):
                 failed[str(item)] += 1
             elif isinstance(item, BaseException):
                 raise item
             else:
                 done.append(place)
-        result.set_aside, result.failed = dict(aside), dict(failed)
+        result.failed = dict(failed)
         return done
 
     async def _sample(self, sample: Sample) -> list[ScoredPositions]:
@@ -152,8 +153,7 @@ class ApiScorer:
         api, method = self._job.teacher.api, self._job.method
         entries = self._job.identity.capture.top_k or 1
         request = scoring_request(ids, api.model, method, entries)
-        key = request_key(request, endpoint_name(api))
-        answer = self._answers.get(key)
+        key, answer = self._known(request)
         if answer is None:
 
             async def keep(reply: Reply) -> None:
@@ -168,3 +168,16 @@ class ApiScorer:
         if answer.reply is None:
             raise SetAsideError(answer.set_aside)
         return scored_positions(answer.reply, method, ids, entries)
+
+    def _known(self, request: Request) -> tuple[bytes, Answer | None]:
+        """Return the answer on disk, or the key to keep one under; one asked once more is kept beside the first."""
+        answer: Answer | None = None
+        for index in count():
+            key = request_key(request, endpoint_name(self._job.teacher.api), index)
+            found = self._answers.get(key)
+            if found is None:
+                return key, None if self._job.retry_refused else answer
+            answer = found
+            if answer.reply is not None:
+                return key, answer
+        raise AssertionError("unreachable")

@@ -9,7 +9,7 @@ import gzip
 import json
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -20,6 +20,7 @@ from storage.object_store import Store
 from workers.api.reply import Reply, Request
 
 PREFIX = "answers/"
+_SUFFIX = ".jsonl.gz"
 _CACHED_SEGMENTS = 8
 
 
@@ -43,7 +44,7 @@ class AnswerStore:
     def __init__(self, store: Store) -> None:
         """Read which answers there are."""
         self._store = store
-        self._segments = [key for key in store.list(PREFIX) if key.endswith(".jsonl.gz")]
+        self._segments = [key for key in store.list(PREFIX) if key.endswith(_SUFFIX)]
         self._where: dict[bytes, tuple[int, int]] = {}
         for number, name in enumerate(self._segments):
             self._index(number, self._keys_of(name))
@@ -72,12 +73,8 @@ class AnswerStore:
 
     async def put(self, key: bytes, answer: Answer) -> None:
         """Return when the answer is on disk; raises StorageError when it cannot be written."""
-        values: dict[str, Any] = {"reply": answer.reply.to_json()} if answer.reply is not None else {}
-        if answer.set_aside is not None:
-            values["set_aside"] = answer.set_aside
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        line = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode(errors="surrogatepass")
-        self._pending.append((key, line, future))
+        self._pending.append((key, _line(answer), future))
         if not self._writing:
             self._writing = True
             self._writer = asyncio.get_running_loop().create_task(self._write())
@@ -88,7 +85,7 @@ class AnswerStore:
             while self._pending:
                 await asyncio.sleep(0)
                 group, self._pending = self._pending, []
-                name = f"{PREFIX}{uuid.uuid4().hex}.jsonl.gz"
+                name = segment_key(uuid.uuid4().hex)
                 try:
                     await asyncio.to_thread(self._write_segment, name, group)
                 except Exception as error:
@@ -101,9 +98,7 @@ class AnswerStore:
             self._writing = False
 
     def _write_segment(self, name: str, group: list[tuple[bytes, bytes, asyncio.Future[None]]]) -> None:
-        head = json.dumps({"keys": [key.hex() for key, _, _ in group]}).encode()
-        lines = [head, *(line for _, line, _ in group)]
-        self._store.write(name, gzip.compress(b"\n".join(lines) + b"\n", compresslevel=1))
+        self._store.write(name, _segment([(key, line) for key, line, _ in group]))
 
     def _index(self, segment: int, keys: Iterable[bytes]) -> None:
         for line, key in enumerate(keys):
@@ -125,6 +120,28 @@ class AnswerStore:
         return IntegrityError(
             f"{self._store.shown(name)} is damaged ({error}); delete it: only its answers are asked, and paid, again"
         )
+
+
+def create_segment(store: Store, name: str, answers: Sequence[tuple[bytes, Answer]]) -> bool:
+    """Write key and answer of many at once under a name that others may know; of several that do so one gets True."""
+    return store.create(segment_key(name), _segment([(key, _line(answer)) for key, answer in answers]))
+
+
+def segment_key(name: str) -> str:
+    """Return where the segment of that name lies."""
+    return f"{PREFIX}{name}{_SUFFIX}"
+
+
+def _segment(lines: Sequence[tuple[bytes, bytes]]) -> bytes:
+    head = json.dumps({"keys": [key.hex() for key, _ in lines]}).encode()
+    return gzip.compress(b"\n".join([head, *(line for _, line in lines)]) + b"\n", compresslevel=1, mtime=0)
+
+
+def _line(answer: Answer) -> bytes:
+    values: dict[str, Any] = {"reply": answer.reply.to_json()} if answer.reply is not None else {}
+    if answer.set_aside is not None:
+        values["set_aside"] = answer.set_aside
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode(errors="surrogatepass")
 
 
 def _resolve(futures: Iterable[asyncio.Future[None]], act: Callable[[asyncio.Future[None]], None]) -> None:

@@ -12,18 +12,17 @@ from storage.errors import LecternError, WorkerError
 from storage.identity import DatasetIdentity
 from storage.sample_set import SampleSet
 from storage.samples import Int64Array
-from storage.union import DatasetUnion, dataset_urls
-from storage.writer import DatasetWriter
 from workers.api.actor import ApiJob, ApiReceipt, ApiScorer, LedgerOwner
 from workers.api.scoring import ScoringMethod, text_targets
 from workers.config import TeacherConfig
-from workers.coordinator import CaptureResult, fleet_policy, missing_rows
-from workers.fleet import classify, root_cause
+from workers.fleet import classify, fleet_policy, root_cause
 from workers.ledger.ledger import Budget, Standing
 from workers.loop import FleetLoop, OnEvent, brief
 from workers.policy import FailureKind, ReplicaKind
 from workers.replica import Done, Failed, Lost, Placed, Post, Ready, Seen
-from workers.units import WorkUnit, plan_units
+from workers.result import CaptureResult
+from workers.units import WorkUnit
+from workers.work import plan_work
 
 UNITS_AT_ONCE = 4
 """Units that an API replica works on at a time: enough requests while the last ones of a unit are waited for."""
@@ -33,9 +32,7 @@ UNITS_AT_ONCE = 4
 class ApiCaptureResult(CaptureResult):
     """What a capture through an API did, and what it left out."""
 
-    set_aside: Counter[str] = field(default_factory=Counter)
-    """Reason → samples that the endpoint refuses for good."""
-    unanswered: Counter[str] = field(default_factory=Counter)
+    unanswered: dict[str, int] = field(default_factory=dict)
     """Reason → samples that got no answer."""
     stopped: str | None = None
     """The cap that ended it."""
@@ -44,8 +41,7 @@ class ApiCaptureResult(CaptureResult):
 
     def add_receipt(self, unit: WorkUnit, receipt: ApiReceipt) -> dict[str, Any]:
         """Count a unit; returns the facts of its `unit_done` event."""
-        self.set_aside.update(receipt.set_aside)
-        self.unanswered.update(receipt.failed)
+        self.unanswered = dict(Counter(self.unanswered) + Counter(receipt.failed))
         self.stopped = self.stopped or receipt.stopped
         scored = receipt.receipt is not None and receipt.receipt.committed
         self.scored_samples += receipt.samples if scored else 0
@@ -57,6 +53,7 @@ class ApiCaptureResult(CaptureResult):
             "samples": receipt.samples,
             "tokens": unit.num_tokens,
             "bytes": receipt.receipt.bytes if receipt.receipt is not None else 0,
+            "refused": len(receipt.refused),
             "forward_s": round(receipt.forward_s, 4),
             "commit_s": round(receipt.commit_s, 4),
         }
@@ -125,19 +122,46 @@ def capture_api(
     Raises:
         InputError: key, model or a setting is wrong.
         StorageError: the dataset's or the ledger's store failed.
-        WorkerError: no replica could be started.
+        WorkerError: no replica could be started, or the endpoint refuses too many samples.
     """
-    DatasetWriter.create(cache.url, identity, codec=cache.codec)
-    missing = missing_rows(samples, rows, DatasetUnion.open(dataset_urls(cache), identity))
-    units = plan_units(missing, samples.num_tokens, samples.sample_ids, identity.fingerprint, cache.unit_tokens, rows)
-    result = ApiCaptureResult(reused_samples=len(rows) - len(missing))
-    facts = {"units": len(units), "samples": len(missing), "tokens": units.tokens}
-    on_event({"event": "units_planned", **facts, "reused_samples": result.reused_samples})
-    if not len(units):
+    with plan_work(teacher, cache, samples, rows, identity, on_event) as work:
+        result = ApiCaptureResult(reused_samples=work.reused, refused=dict(work.refused.reasons))
+        if not len(work.units):
+            return result
+        owner = ray.remote(LedgerOwner).options(num_cpus=0, max_restarts=0).remote(ledger_url, budget)
+        job = ApiJob(teacher, samples.url, cache.url, identity, method, cache.retry_refused)
+
+        def on_done(unit: WorkUnit, receipt: ApiReceipt) -> dict[str, Any]:
+            told = result.add_receipt(unit, receipt)
+            on_event({"event": "spending", **vars(ray.get(owner.standing.remote()))})
+            work.refused.add(receipt.refused)
+            return told
+
+        def make(number: int, _kind: ReplicaKind, post: Post) -> ApiReplica:
+            return ApiReplica(number, job, owner, post)
+
+        try:
+            ray.get(owner.standing.remote())
+            loop = FleetLoop(
+                work.units, work.units.tokens, [api_kind(teacher)], make, fleet_policy(teacher), on_event, on_done
+            )
+            try:
+                loop.run()
+            finally:
+                result.close(loop, work.refused.reasons)
+            result.standing = ray.get(owner.standing.remote())
+        except LecternError as error:
+            raise root_cause(error) from None
+        except Exception as error:
+            raise WorkerError(f"the API teacher did not work: {brief(root_cause(error))}") from error
+        finally:
+            ray.kill(owner)
         return result
-    owner = ray.remote(LedgerOwner).options(num_cpus=0, max_restarts=0).remote(ledger_url, budget)
-    job = ApiJob(teacher, samples.url, cache.url, identity, method)
-    kind = ReplicaKind(
+
+
+def api_kind(teacher: TeacherConfig) -> ReplicaKind:
+    """Return what the fleet needs to know of an API teacher's replicas."""
+    return ReplicaKind(
         name="api",
         needs="a connection",
         min=1,
@@ -147,44 +171,20 @@ def capture_api(
         duplicates=False,
     )
 
-    def on_done(unit: WorkUnit, receipt: ApiReceipt) -> dict[str, Any]:
-        told = result.add_receipt(unit, receipt)
-        on_event({"event": "spending", **vars(ray.get(owner.standing.remote()))})
-        return told
-
-    def make(number: int, _kind: ReplicaKind, post: Post) -> ApiReplica:
-        return ApiReplica(number, job, owner, post)
-
-    try:
-        ray.get(owner.standing.remote())
-        loop = FleetLoop(units, units.tokens, [kind], make, fleet_policy(teacher), on_event, on_done)
-        try:
-            loop.run()
-        finally:
-            result.failed_units, result.replicas_lost = loop.failed_units, loop.replicas_lost
-            result.seconds, result.fleet = loop.seconds, loop.status().to_json()
-            result.ranks = loop.first_report or []
-        result.standing = ray.get(owner.standing.remote())
-    except LecternError as error:
-        raise root_cause(error) from None
-    except Exception as error:
-        raise WorkerError(f"the API teacher did not work: {brief(root_cause(error))}") from error
-    finally:
-        ray.kill(owner)
-    return result
-
 
 def keep_text(
-    cache: CacheConfig, samples: SampleSet, rows: Sequence[int] | Int64Array, identity: DatasetIdentity
+    teacher: TeacherConfig,
+    cache: CacheConfig,
+    samples: SampleSet,
+    rows: Sequence[int] | Int64Array,
+    identity: DatasetIdentity,
 ) -> ApiCaptureResult:
     """Commit the samples at `rows` that the dataset lacks with kind `text`; asks nobody anything."""
-    writer = DatasetWriter.create(cache.url, identity, codec=cache.codec)
-    missing = missing_rows(samples, rows, DatasetUnion.open(dataset_urls(cache), identity))
-    units = plan_units(missing, samples.num_tokens, samples.sample_ids, identity.fingerprint, cache.unit_tokens, rows)
-    result = ApiCaptureResult(reused_samples=len(rows) - len(missing))
-    for unit in units:
-        batch = samples.read(unit.rows)
-        writer.commit(unit.unit_id, batch, text_targets(batch), "a1")
-        result.scored_samples += len(batch)
-        result.tokens += batch.num_tokens
-    return result
+    with plan_work(teacher, cache, samples, rows, identity, lambda event: None) as work:
+        result = ApiCaptureResult(reused_samples=work.reused)
+        for unit in work.units:
+            batch = samples.read(unit.rows)
+            work.writer.commit(unit.unit_id, batch, text_targets(batch), "a1")
+            result.scored_samples += len(batch)
+            result.tokens += batch.num_tokens
+        return result

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 import openai
@@ -25,6 +25,9 @@ from workers.ledger.client import LedgerClient
 
 _NOT_SENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.UnsupportedProtocol)
 """Failures before a request went out: nothing can have been billed."""
+
+
+T = TypeVar("T")
 
 
 class SetAsideError(Exception):
@@ -79,7 +82,7 @@ class ApiClient:
         `count_tokens` counts by the teacher's tokenizer: an endpoint that reports less than it sent is not believed.
         """
         if api.base_url is None or api.model is None:
-            raise InputError("teacher.kind api needs teacher.api.base_url and teacher.api.model")
+            raise InputError("an endpoint needs teacher.api.base_url and teacher.api.model")
         self.api = api
         self.ledger = ledger
         self.prices = prices or Prices(api.prices)
@@ -128,6 +131,39 @@ class ApiClient:
             return await retrying(self._attempt, request, keep)
         except _TryAgainError as error:
             raise GivenUpError(f"{error} ({self.api.max_attempts} attempts)") from None
+
+    @property
+    def key(self) -> str:
+        """The key, for those who must keep it out of messages."""
+        return self._key
+
+    async def perform(self, call: Callable[[openai.AsyncOpenAI], Awaitable[T]], repeatable: bool = True) -> T:
+        """Make a call that is not billed by itself.
+
+        Raises:
+            GivenUpError: every attempt failed; of a call that is not `repeatable` nobody knows whether it was done.
+            InputError, BudgetError: the endpoint refuses it.
+        """
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(self.api.max_attempts if repeatable else 1),
+            wait=self._wait,
+            retry=retry_if_exception_type(_TryAgainError),
+            reraise=True,
+        )
+
+        async def once() -> T:
+            try:
+                async with asyncio.timeout(self.api.attempt_timeout_s):
+                    return await call(self._client)
+            except openai.APIStatusError as error:
+                raise await self._failed(self._judge(error), "") from None
+            except (openai.APIConnectionError, httpx2.HTTPError, TimeoutError, OSError) as error:
+                raise _TryAgainError(Verdict(Action.RETRY, False, type(error.__cause__ or error).__name__)) from None
+
+        try:
+            return await retrying(once)
+        except _TryAgainError as error:
+            raise GivenUpError(str(error)) from None
 
     async def models(self) -> list[dict[str, Any]]:
         """Return what the endpoint lists under /models, an empty list where it has no such thing."""

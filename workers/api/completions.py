@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 
 from storage.object_store import Store
 from workers.api.answers import AnswerStore, request_key
-from workers.api.config import ApiConfig, GenerateConfig
+from workers.api.config import GenerateConfig
 from workers.api.filters import Completion, Filters, split_reasoning
-from workers.api.generation import chat_request, endpoint_name
+from workers.api.generation import Author, chat_request
 from workers.api.prompts import Prompt
 from workers.api.reply import CountTokens, Reply
 
@@ -46,9 +46,9 @@ def write_completions(
     store: Store,
     prompts: Iterable[Prompt],
     config: GenerateConfig,
-    api: ApiConfig,
+    author: Author,
     answers: AnswerStore,
-    count: CountTokens | None,
+    count: CountTokens | None = None,
 ) -> dict[str, Any]:
     """Write `kept-NNNNN.parquet`, `filtered-NNNNN.parquet` and `generate.json` from the answers on disk.
 
@@ -60,17 +60,17 @@ def write_completions(
     aside: Counter[str] = Counter()
     missing = 0
     for prompt in prompts:
-        request = chat_request(prompt, config, api, count)
+        request = chat_request(prompt, config, author.model, count)
         filters.next_prompt()
         for index in range(config.samples):
-            key = request_key(request, endpoint_name(api), index)
+            key = request_key(request, author.version, index)
             answer = answers.get(key)
             if answer is None:
                 missing += 1
             elif answer.reply is None:
                 aside[str(answer.set_aside)] += 1
             else:
-                row, reason = _row(key, prompt, index, answer.reply, config, api, filters)
+                row, reason = _row(key, prompt, index, answer.reply, config, author, filters)
                 (kept if reason is None else dropped).add(row)
                 reasons.update([reason] if reason is not None else [])
     kept.close()
@@ -81,7 +81,7 @@ def write_completions(
 
 
 def _row(
-    key: bytes, prompt: Prompt, index: int, reply: Reply, config: GenerateConfig, api: ApiConfig, filters: Filters
+    key: bytes, prompt: Prompt, index: int, reply: Reply, config: GenerateConfig, author: Author, filters: Filters
 ) -> tuple[dict[str, Any], str | None]:
     answer, reasoning = split_reasoning(_encodable(reply.text), _encodable(reply.reasoning))
     reason = filters.reason(Completion(answer, reasoning, reply.finish_reason), prompt.reference, prompt.row)
@@ -98,8 +98,8 @@ def _row(
         "answer": answer,
         "reference": None if prompt.reference is None else str(prompt.reference),
         "sample": index,
-        "model": api.model,
-        "endpoint": api.base_url,
+        "model": author.model,
+        "endpoint": author.place,
         "temperature": config.temperature,
         "top_p": config.top_p,
         "finish_reason": reply.finish_reason,

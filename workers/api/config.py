@@ -37,6 +37,19 @@ class PricesConfig(RatesConfig):
     """Other prices at some hours of the day; the first span that holds a moment counts."""
 
 
+class BatchConfig(Settings):
+    """Batch files, as OpenAI's Batch API takes them: answers within a day, at a lower price."""
+
+    requests: int = Field(default=10_000, ge=1, le=50_000)
+    """Most requests of one file."""
+    price: float = Field(default=0.5, ge=0, le=1)
+    """What they cost, as a share of `prices`."""
+    poll_s: float = Field(default=60.0, gt=0)
+    """Seconds between two looks at a batch."""
+    window: str = "24h"
+    """Time within which the endpoint is asked to answer."""
+
+
 class ApiConfig(Settings):
     """An OpenAI-compatible endpoint."""
 
@@ -64,6 +77,8 @@ class ApiConfig(Settings):
     """Most tokens of a prompt and its completion; none takes what the endpoint says."""
     stream: bool = False
     """Receive answers piece by piece, for endpoints that close silent connections while the model thinks."""
+    batch: BatchConfig | None = None
+    """Have `lectern generate` send batch files, `{}` with the usual settings; none asks request by request."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Further fields of every request, e.g. `{chat_template_kwargs: {thinking: true}}`."""
 
@@ -129,7 +144,7 @@ class GenerateConfig(Settings):
     max_prompts: int | None = Field(default=None, ge=1)
     """Use at most this many prompts; none means all."""
     url: str | None = None
-    """Where the completions go; what is paid for lies beside the dataset, in `cache.url`."""
+    """Where the completions go; every answer lies beside the dataset first, in `cache.url`."""
     system: str | None = None
     """System message put before each prompt."""
     samples: int = Field(default=1, ge=1)
@@ -140,6 +155,11 @@ class GenerateConfig(Settings):
     """Sampling temperature."""
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Nucleus of the sampling."""
+    stop: list[str] = Field(default_factory=list, max_length=4)
+    """Texts that end a completion and are not part of it; at most four, as endpoints take no more."""
+    batch_tokens: int = Field(default=65_536, ge=1)
+    """Tokens of prompts and completions, `max_tokens` each, that a local replica writes side by side; halved when
+    memory runs out."""
     completion_format: str = "<think>\n{reasoning}\n</think>\n\n{answer}"
     """How reasoning and answer make the text that a student learns; without reasoning it is the answer alone."""
     filters: FilterConfig = FilterConfig()

@@ -7,7 +7,7 @@ second reads the prompts again, in order, and writes what there is: the same pro
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from storage.errors import BudgetError
 from workers.api.answers import Answer, AnswerStore, request_key
@@ -34,16 +34,40 @@ class AskResult:
     """The cap that ended the pass."""
 
 
-def chat_request(prompt: Prompt, config: GenerateConfig, api: ApiConfig, count: CountTokens | None) -> Request:
+@dataclass(frozen=True)
+class Author:
+    """Who writes completions."""
+
+    model: str
+    """As the completions' rows name it."""
+    place: str
+    """Likewise: the endpoint, or `local`."""
+    version: str
+    """What decides its answers besides the request itself."""
+
+    @classmethod
+    def of_api(cls, api: ApiConfig) -> Self:
+        """Return the model behind an endpoint."""
+        return cls(str(api.model), str(api.base_url), endpoint_name(api))
+
+    @classmethod
+    def of_local(cls, name: str, weights: str, precision: str) -> Self:
+        """Return a model that is run here; `weights` is their digest."""
+        return cls(name, "local", f"local {weights} {precision}")
+
+
+def chat_request(prompt: Prompt, config: GenerateConfig, model: str, count: CountTokens | None) -> Request:
     """Return the request for one completion of a prompt."""
     bounds = chat_bounds(prompt.messages, count)
-    body = {
-        "model": api.model,
+    body: dict[str, Any] = {
+        "model": model,
         "messages": [dict(message) for message in prompt.messages],
         "max_tokens": config.max_tokens,
         "temperature": config.temperature,
         "top_p": config.top_p,
     }
+    if config.stop:
+        body["stop"] = list(config.stop)
     return Request("/chat/completions", body, bounds.most, config.max_tokens, bounds.least)
 
 
@@ -53,14 +77,13 @@ def endpoint_name(api: ApiConfig) -> str:
 
 
 def keyed_requests(
-    prompts: Iterable[Prompt], config: GenerateConfig, api: ApiConfig, count: CountTokens | None
+    prompts: Iterable[Prompt], config: GenerateConfig, author: Author, count: CountTokens | None
 ) -> Iterator[tuple[bytes, Request]]:
     """Yield key and request of every completion wanted, in order."""
-    where = endpoint_name(api)
     for prompt in prompts:
-        request = chat_request(prompt, config, api, count)
+        request = chat_request(prompt, config, author.model, count)
         for index in range(config.samples):
-            yield request_key(request, where, index), request
+            yield request_key(request, author.version, index), request
 
 
 async def ask_all(

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Self
 
 from workers.api.config import PricesConfig, RatesConfig
@@ -32,11 +33,11 @@ class Rates:
     reasoning: int
 
     @classmethod
-    def of(cls, config: RatesConfig) -> Self:
-        """Read a price list's prices per million tokens."""
+    def of(cls, config: RatesConfig, share: float = 1.0) -> Self:
+        """Read a price list's prices per million tokens, each times `share`."""
 
         def per_token(price: float) -> int:
-            return -(-to_pico(price) // _PER)
+            return -(-to_pico(Decimal(str(price)) * Decimal(str(share))) // _PER)
 
         cached = config.input if config.cached_input is None else config.cached_input
         reasoning = config.output if config.reasoning is None else config.reasoning
@@ -60,11 +61,11 @@ class Rates:
 class Prices:
     """A price list with its hours."""
 
-    def __init__(self, config: PricesConfig | None) -> None:
-        """Read the list; without one everything is free."""
+    def __init__(self, config: PricesConfig | None, share: float = 1.0) -> None:
+        """Read the list, all of it taken times `share`; without one everything is free."""
         config = config or PricesConfig(input=0.0, output=0.0)
-        self._standard = Rates.of(config)
-        self._spans = [(*_span(item.hours), Rates.of(item)) for item in config.by_hour]
+        self._standard = Rates.of(config, share)
+        self._spans = [(*_span(item.hours), Rates.of(item, share)) for item in config.by_hour]
 
     def worst(self, input_tokens: int, output_tokens: int) -> Amount:
         """Return the most that one attempt can take, at the dearest hour and with nothing cached."""

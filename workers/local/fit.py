@@ -35,7 +35,7 @@ def memory_need(folder: Path, teacher: TeacherConfig) -> MemoryNeed:
     weights = parameter_count(folder) * size
     held = weights if teacher.sharding == "none" else -(-weights // teacher.ranks)
     # ZeRO-3 gathers one layer at a time for all ranks' own batches; the logits of a batch are whole on each rank.
-    logits = teacher.batch_tokens * model_facts(folder).vocab_size * size
+    logits = teacher.batch_tokens * model_facts(folder).num_outputs(teacher.task) * size
     return MemoryNeed(weights=held, logits=logits, loading=weights)
 
 

@@ -1,14 +1,11 @@
-"""The rank actor: one process that holds one shard of a teacher, scores units and commits them."""
+"""The rank actor of a capture: it holds one shard of a teacher, scores units and commits them."""
 
-import os
-import socket
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from storage.errors import WorkerError
 from storage.identity import DatasetIdentity
 from storage.object_store import Store
 from storage.sample_set import SampleSet
@@ -16,24 +13,11 @@ from storage.samples import SampleBatch
 from storage.targets import TargetBatch
 from storage.writer import DatasetWriter, Receipt
 from workers.config import TeacherConfig
-from workers.units import WorkUnit
+from workers.local.base_rank import BaseRank, RankPlace, folder_here
+from workers.units import WorkUnit, unit_of
 
-
-@dataclass(frozen=True)
-class RankPlace:
-    """Where a rank stands in its replica."""
-
-    rank: int
-    num_ranks: int
-    local_rank: int
-    """Number of the rank among those of its node."""
-    num_local_ranks: int
-    master_address: str
-    master_port: int
-    device: str
-    """`cpu` or `cuda`."""
-    threads: int
-    """CPU threads for this rank."""
+NOT_FINITE = "the teacher's logits are NaN or infinite; teacher.dtype float32 may help"
+"""Why a sample is refused here."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +30,22 @@ class CaptureJob:
     dataset_url: str
     identity: DatasetIdentity
 
+    @property
+    def batch_tokens(self) -> int:
+        """Return the limit of a batch."""
+        return self.teacher.batch_tokens
+
+    def limited(self, batch_tokens: int) -> "CaptureJob":
+        """Return the job with another limit of a batch."""
+        return replace(self, teacher=self.teacher.model_copy(update={"batch_tokens": batch_tokens}))
+
 
 @dataclass(frozen=True)
 class UnitReceipt:
     """What became of a unit and what it took, in seconds."""
 
-    receipt: Receipt
+    receipt: Receipt | None
+    """Of what was committed; none where the teacher refuses all of the unit's samples."""
     scored: bool = True
     """False where the dataset held it already, so that nothing was done."""
     forward_s: float = 0.0
@@ -62,10 +56,8 @@ class UnitReceipt:
     """Tokens of the forward passes, padding included."""
     batch_tokens: int = 0
     """Limit of a batch by the end of the unit: less than configured where memory ran out."""
-
-
-class BatchTooLargeError(WorkerError):
-    """A batch ran out of memory on a replica of several ranks, which cannot go on; a new one takes smaller batches."""
+    refused: Mapping[bytes, str] = field(default_factory=dict)
+    """Id → reason of the samples that are left out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,31 +71,13 @@ class Scored:
     batch_tokens: int = 0
 
 
-class Rank:
-    """One rank of a replica, made a Ray actor by `workers.fleet`.
-
-    `load` and `score` run one at a time; `commit` runs beside them, so that a unit is encoded and uploaded while the
-    next one is scored; `beat` answers at any time.
-    """
+class Rank(BaseRank):
+    """A rank that scores samples."""
 
     def __init__(self) -> None:
-        self._progress = 0
+        super().__init__()
         self._scored: dict[str, Scored] = {}
         """Units that this rank has scored and not committed yet; of rank 0 only."""
-
-    def beat(self) -> int:
-        """Return a number that rises with every batch and every commit."""
-        return self._progress
-
-    def address(self) -> tuple[str, str, int, int]:
-        """Return this node's id, its address, a port that is free on it now, and its number of CPUs."""
-        import ray
-
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = int(probe.getsockname()[1])
-        node = ray.get_runtime_context().get_node_id()
-        return node, ray.util.get_node_ip_address(), port, len(os.sched_getaffinity(0))
 
     def load(self, job: CaptureJob, place: RankPlace) -> Any:
         """Load and shard the model; returns a `sharding.ShardReport`.
@@ -111,43 +85,24 @@ class Rank:
         Raises:
             InputError: the model cannot be loaded or a layer to capture does not exist.
         """
-        _set_environment(place)
-        import torch
-
-        torch.set_num_threads(place.threads)
-        from storage.heads import FINAL, save_head
-        from workers.local.fit import check_fit, host_free_bytes, memory_need
-        from workers.local.head import output_head
-        from workers.local.hooks import attention_module, check_layers
-        from workers.local.memory import keep_freed_memory
-        from workers.local.sharding import load_model, shard_model
-        from workers.model_folder import resolve_model
-
-        keep_freed_memory()
-        if not job.model_folder.is_dir():
-            # The driver named a folder of its own node; the hub gives this node the same commit.
-            job = replace(job, model_folder=resolve_model(job.teacher.name, job.identity.teacher.revision))
-        self.job, self.place = job, place
-        self.device = torch.device(place.device)
-        if place.num_ranks > 1:
-            import deepspeed
-
-            if job.teacher.sharding != "tensor_parallel":
-                # A shared-memory collective that only tensor parallelism uses; compiling it takes most of a minute.
-                deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-            deepspeed.init_distributed(dist_backend="nccl" if place.device == "cuda" else "gloo", verbose=False)
+        job = replace(job, model_folder=folder_here(job.model_folder, job.teacher, job.identity.teacher.revision))
+        self.job = job
         capture = job.identity.capture
-        device_free = torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else None
-        need = memory_need(job.model_folder, job.teacher)
-        check_fit(need, job.teacher, host_free_bytes(), device_free, place.num_local_ranks)
-        model = load_model(job.model_folder, job.teacher, self.device, "eager" if capture.attention else None)
-        check_layers(model, capture.hidden)
-        for layer in capture.attention:
-            attention_module(model, layer)
-        if place.rank == 0 and FINAL in capture.hidden:
-            head = output_head(model, job.identity.tokenizer.vocab_size)
-            save_head(Store(job.dataset_url), head, job.identity.fingerprint)
-        self.model, report = shard_model(model, job.teacher, place.rank)
+
+        def inspect(model: Any) -> None:
+            from storage.heads import FINAL, save_head
+            from workers.local.head import output_head
+            from workers.local.hooks import attention_module, check_layers
+
+            check_layers(model, capture.hidden)
+            for layer in capture.attention:
+                attention_module(model, layer)
+            if place.rank == 0 and FINAL in capture.hidden:
+                head = output_head(model, job.identity.tokenizer.vocab_size)
+                save_head(Store(job.dataset_url), head, job.identity.fingerprint)
+
+        eager = "eager" if capture.attention else None
+        report = self._load_model(job.teacher, job.model_folder, place, eager, inspect)
         self.settings = scoring_settings(job)
         self.samples = SampleSet.open(job.samples_url)
         self.writer = DatasetWriter.open(job.dataset_url, job.identity)
@@ -171,7 +126,10 @@ class Rank:
                 part = score_part(self.model, samples, self.settings, rank, num_ranks, self.device, self._advance)
                 break
             except Exception as error:
-                self._take_smaller_batches(error, int(samples.lengths().max()))
+                longest = int(samples.lengths().max())
+                what, remedy = f"one window of {longest} tokens", "shorten data.window_tokens, or raise teacher.ranks"
+                limit = self._smaller(error, self.settings.batch_tokens, longest, what, remedy)
+                self.settings = replace(self.settings, batch_tokens=limit)
         if rank == 0:
             limit = self.settings.batch_tokens
             self._scored[unit.unit_id] = Scored(samples, part, padded_tokens(samples.lengths(), limit), limit)
@@ -190,7 +148,8 @@ class Rank:
             return UnitReceipt(before, scored=False)
         samples = found.samples
         parts = [found.part, *_fetch([reference for box in boxes for reference in box])]
-        receipt = self.writer.commit(unit.unit_id, samples, self._merge(samples, parts), attempt)
+        scored, targets = self._merge(samples, parts)
+        receipt = self._commit(unit, samples, scored, targets, attempt) if targets is not None else None
         self._advance()
         return UnitReceipt(
             receipt=receipt,
@@ -199,50 +158,29 @@ class Rank:
             commit_s=time.perf_counter() - start,
             padded_tokens=found.padded_tokens,
             batch_tokens=found.batch_tokens,
+            refused=dict.fromkeys((samples.ids()[n] for n in set(range(len(samples))) - set(scored)), NOT_FINITE),
         )
 
-    def _merge(self, samples: SampleBatch, parts: Sequence[Any]) -> TargetBatch:
-        from workers.local.scoring import merge_parts
+    def _commit(
+        self, unit: WorkUnit, samples: SampleBatch, scored: Sequence[int], targets: TargetBatch, attempt: str
+    ) -> Receipt:
+        """Commit those samples of a unit that were scored; a unit that lacks some goes by another name."""
+        if len(scored) < len(samples):
+            whole, rows = self.samples, [unit.rows[n] for n in scored]
+            unit = unit_of(rows, whole.num_tokens, whole.sample_ids, self.job.identity.fingerprint)
+            samples = samples.take(scored)
+        return self.writer.commit(unit.unit_id, samples, targets, attempt)
 
-        return merge_parts(samples, parts, self.settings)
+    def _merge(self, samples: SampleBatch, parts: Sequence[Any]) -> tuple[Sequence[int], TargetBatch | None]:
+        """Return which samples of a unit were scored, rising, and their targets; none where it is none of them."""
+        from workers.local.scoring import merge_parts, scored_samples
 
-    def _advance(self) -> None:
-        self._progress += 1
-
-    def _take_smaller_batches(self, error: Exception, longest: int) -> None:
-        """Halve the batches from now on when memory ran out; raise anything else, and what cannot be halved."""
-        import gc
-
-        import torch
-
-        from workers.local.memory import is_out_of_memory
-
-        if not is_out_of_memory(error):
-            raise error
-        before = self.settings.batch_tokens
-        if before <= longest:
-            raise WorkerError(
-                f"one window of {longest} tokens runs out of memory on rank {self.place.rank} ({_first_line(error)}); "
-                "shorten data.window_tokens, or raise teacher.ranks"
-            ) from error
-        if self.place.num_ranks > 1:
-            raise BatchTooLargeError(f"a batch of {before} tokens runs out of memory: {_first_line(error)}") from error
-        self.settings = replace(self.settings, batch_tokens=before // 2)
-        error.__traceback__ = None  # it holds the tensors of the failed batch
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        scored = scored_samples(len(samples), parts)
+        return scored, merge_parts(samples, parts, self.settings) if scored else None
 
     def _is_committed(self, unit: WorkUnit) -> bool:
-        """Tell whether the dataset holds a unit; all ranks give rank 0's answer, since they must do the same."""
-        import torch
-
-        found = self.place.rank == 0 and self.writer.committed(unit.unit_id) is not None
-        if self.place.num_ranks == 1:
-            return found
-        answer = torch.tensor([found], dtype=torch.int32, device=self.device)
-        torch.distributed.broadcast(answer, 0)
-        return bool(answer.item())
+        """Tell on every rank whether the dataset holds a unit."""
+        return self._same_everywhere(self.place.rank == 0 and self.writer.committed(unit.unit_id) is not None)
 
 
 def _fetch(references: Sequence[Any]) -> list[Any]:
@@ -254,17 +192,13 @@ def _fetch(references: Sequence[Any]) -> list[Any]:
     return list(ray.get(list(references)))
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def scoring_settings(job: CaptureJob) -> Any:
     """Return the `scoring.ScoringSettings` of a job."""
     from storage.projection import load_projection
     from workers.local.scoring import ScoringSettings
     from workers.local.selection import SelectionSettings
 
-    capture, vocab_size = job.identity.capture, job.identity.tokenizer.vocab_size
+    capture, vocab_size = job.identity.capture, job.identity.num_targets
     return ScoringSettings(
         selection=SelectionSettings(
             kind=capture.kind,
@@ -280,23 +214,6 @@ def scoring_settings(job: CaptureJob) -> Any:
         data_parallel=job.teacher.sharding == "zero3" and job.teacher.ranks > 1,
         hidden_every=capture.hidden_every,
         attention=tuple(capture.attention),
+        task=capture.task,
         projection=load_projection(Store(job.dataset_url), capture.projection) if capture.projection else None,
     )
-
-
-def _set_environment(place: RankPlace) -> None:
-    """Tell torch.distributed and DeepSpeed where this rank stands, before either is imported."""
-    on_cpu = place.device == "cpu"
-    os.environ.update(
-        RANK=str(place.rank),
-        WORLD_SIZE=str(place.num_ranks),
-        # Ray shows each actor its own GPU alone, which therefore is number 0.
-        LOCAL_RANK=str(place.local_rank if on_cpu else 0),
-        # DeepSpeed's CPU collectives crash without LOCAL_SIZE.
-        LOCAL_SIZE=str(place.num_local_ranks),
-        LOCAL_WORLD_SIZE=str(place.num_local_ranks),
-        MASTER_ADDR=place.master_address,
-        MASTER_PORT=str(place.master_port),
-    )
-    if on_cpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from storage.errors import IntegrityError
 from storage.hidden import attention_lengths, kept_positions, store_states
+from storage.identity import Task
 from storage.projection import Projection
 from storage.samples import BoolArray, Int64Array, SampleBatch, offsets_of, ragged_index
 from storage.targets import TargetBatch
 from workers.local.batching import ModelInputs, model_inputs, plan_batches, predicting_rows
+from workers.local.classes import ClassifierInputs, class_rows
 from workers.local.hooks import captured_attention, captured_hidden
 from workers.local.selection import NonFiniteLogitsError, Selection, SelectionSettings, select, uniforms
 
@@ -41,6 +43,7 @@ class ScoringSettings:
     hidden_every: float | None = None
     attention: tuple[str, ...] = ()
     projection: Projection | None = None
+    task: Task = "next_token"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +58,8 @@ class ScoredPart:
     attention_count: NDArray[np.int32]  # [p], length of each row, 0 where none is kept
     forward_s: float
     selection_s: float
+    refused: frozenset[int] = frozenset()
+    """Samples of the unit whose logits are NaN or infinite; some of their positions are not among `positions`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +75,11 @@ class _Positions:
 
     def part(self, first: int, last: int) -> "_Positions":
         """Return the positions from `first` to `last`."""
-        return _Positions(*(getattr(self, f.name)[first:last] for f in fields(self)))
+        return self.take(slice(first, last))
+
+    def take(self, chosen: slice | BoolArray) -> "_Positions":
+        """Return some of the positions, in order."""
+        return _Positions(*(getattr(self, f.name)[chosen] for f in fields(self)))
 
 
 def score_part(
@@ -84,11 +93,11 @@ def score_part(
 ) -> ScoredPart:
     """Run this rank's share of a unit's batches; `on_batch` is called after each.
 
-    Raises:
-        IntegrityError: the teacher's logits are NaN or infinite; the message names the samples.
+    Samples whose logits are NaN or infinite are named in the result, and the work goes on: the ranks stay in step.
     """
     batches = list(plan_batches(samples.lengths(), settings.batch_tokens))
     pieces: list[tuple[_Positions, Selection, dict[str, NDArray[Any]], dict[str, NDArray[Any]]]] = []
+    refused: set[int] = set()
     forward_s = selection_s = 0.0
     step = num_ranks if settings.data_parallel else 1
     for first in range(0, len(batches), step):
@@ -96,14 +105,19 @@ def score_part(
         is_dummy = turn >= len(batches)
         rows = batches[first if is_dummy else turn]
         start = time.perf_counter()
-        seen = _forward(model, model_inputs(samples.take(rows)).to(device), settings, num_ranks)
+        if settings.task == "next_token":
+            seen = _forward(model, model_inputs(samples.take(rows)).to(device), settings, num_ranks)
+        else:
+            seen = _classify(model, samples.take(rows), device)
         forward_s += time.perf_counter() - start
         start = time.perf_counter()
         where = _supervised(samples, rows, settings)
         if not settings.data_parallel:
             where = _share(where, rank, num_ranks)
-        if not is_dummy and len(where.unit):
-            selected = _select(seen.logits, where, samples, settings)
+        selected = None
+        if not is_dummy:
+            selected, where = _select(seen.logits, where, samples, settings, refused)
+        if selected is not None:
             states, weights = _pick_hidden(seen.hidden, where, settings), _pick_attention(seen.attention, where)
             pieces.append((where, selected, states, weights))
         selection_s += time.perf_counter() - start
@@ -120,17 +134,29 @@ def score_part(
         attention_count=np.where(kept, looks_back, 0).astype(np.int32),
         forward_s=forward_s,
         selection_s=selection_s,
+        refused=frozenset(refused),
     )
 
 
+def scored_samples(num_samples: int, parts: Sequence[ScoredPart]) -> list[int]:
+    """Return which samples of a unit no rank refused, rising."""
+    refused = frozenset().union(*(part.refused for part in parts))
+    return [n for n in range(num_samples) if n not in refused]
+
+
 def merge_parts(samples: SampleBatch, parts: Sequence[ScoredPart], settings: ScoringSettings) -> TargetBatch:
-    """Put the ranks' parts together in the order of the samples."""
+    """Put the ranks' parts together in the order of the samples, `scored_samples` of them, of which there are some."""
     filled = [part for part in parts if part.selection is not None]
     positions = np.concatenate([part.positions for part in filled])
     order = np.argsort(positions, kind="stable")
+    scored = scored_samples(len(samples), parts)
+    wanted = ragged_index(offsets_of(samples.num_supervised()), scored)
+    if len(scored) < len(samples):
+        order = order[np.isin(positions[order], wanted)]
+        samples = samples.take(scored)
     offsets = offsets_of(samples.num_supervised())
-    if not np.array_equal(positions[order], np.arange(offsets[-1])):
-        raise IntegrityError(f"{len(positions)} scored positions came back for {offsets[-1]} supervised ones")
+    if not np.array_equal(positions[order], wanted):
+        raise IntegrityError(f"{len(order)} scored positions came back for {len(wanted)} supervised ones")
     merged = Selection.concat([part.selection for part in filled if part.selection is not None])
     entries = ragged_index(offsets_of(merged.count.astype(np.int64)), order.tolist())
     owner = np.repeat(np.arange(len(samples)), np.diff(offsets))
@@ -177,6 +203,15 @@ class _Seen:
 
 
 @torch.no_grad()
+def _classify(model: nn.Module, samples: SampleBatch, device: torch.device) -> _Seen:
+    inputs = ClassifierInputs.of(samples, device)
+    config: Any = model.config
+    config.pad_token_id = inputs.pad_id
+    output = model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask)
+    return _Seen(output.logits.flatten(0, -2), {}, {})
+
+
+@torch.no_grad()
 def _forward(model: nn.Module, inputs: ModelInputs, settings: ScoringSettings, num_ranks: int) -> _Seen:
     if settings.attention:
         inputs = inputs.additive(next(model.parameters()).dtype)
@@ -203,6 +238,8 @@ def _supervised(samples: SampleBatch, rows: Sequence[int], settings: ScoringSett
     batch = samples.take(rows)
     num_positions = batch.num_supervised()
     logits_row, truth = predicting_rows(batch)
+    if settings.task != "next_token":
+        logits_row = class_rows(batch, settings.task)
     named = zip(batch.ids(), num_positions.tolist(), strict=True)
     uniform = [uniforms(settings.seed, sample_id, n, settings.draw_sets) for sample_id, n in named]
     return _Positions(
@@ -221,19 +258,27 @@ def _share(where: _Positions, rank: int, num_ranks: int) -> _Positions:
     return where.part(count * rank // num_ranks, count * (rank + 1) // num_ranks)
 
 
-def _select(logits: Tensor, where: _Positions, samples: SampleBatch, settings: ScoringSettings) -> Selection:
-    rows, truth = (torch.from_numpy(array).to(logits.device) for array in (where.logits_row, where.truth))
-    uniform = torch.from_numpy(where.uniform).to(logits.device)
-    try:
-        return select(logits, rows, truth, uniform, settings.selection)
-    except NonFiniteLogitsError as error:
-        offsets = offsets_of(samples.num_supervised())
-        bad = np.unique(np.searchsorted(offsets, where.unit[error.positions], side="right") - 1)
-        names = ", ".join(samples.ids()[int(n)].hex() for n in bad[:5])
-        raise IntegrityError(
-            f"the teacher's logits are NaN or infinite for {len(bad)} samples ({names}); nothing of this unit is "
-            "stored: try teacher.dtype float32, or leave these samples out"
-        ) from error
+def _select(
+    logits: Tensor, where: _Positions, samples: SampleBatch, settings: ScoringSettings, refused: set[int]
+) -> tuple[Selection | None, _Positions]:
+    """Select entries at the positions of samples whose logits are finite, and return these positions.
+
+    The other samples are added to `refused`.
+    """
+    owner = np.searchsorted(offsets_of(samples.num_supervised()), where.unit, side="right") - 1
+    while len(where.unit):
+        rows, truth = (torch.from_numpy(array).to(logits.device) for array in (where.logits_row, where.truth))
+        uniform = torch.from_numpy(where.uniform).to(logits.device)
+        if settings.task != "next_token":  # which class is right nobody says: the likeliest one stands in for it
+            truth = logits[rows, : settings.selection.vocab_size].argmax(-1)
+        try:
+            return select(logits, rows, truth, uniform, settings.selection), where
+        except NonFiniteLogitsError as error:
+            bad = np.unique(owner[error.positions])
+            refused.update(bad.tolist())
+            finite = ~np.isin(owner, bad)
+            where, owner = where.take(finite), owner[finite]
+    return None, where
 
 
 def _pick_hidden(

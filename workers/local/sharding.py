@@ -1,5 +1,6 @@
-"""Loads a causal language model and splits it over the ranks of one replica with DeepSpeed."""
+"""Loads a model and splits it over the ranks of one replica with DeepSpeed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from storage.errors import InputError
+from storage.identity import Task
 from workers.config import TeacherConfig
+
+MODEL_CLASSES: Mapping[Task, Any] = {
+    "next_token": AutoModelForCausalLM,
+    "token_classification": AutoModelForTokenClassification,
+    "sequence_classification": AutoModelForSequenceClassification,
+}
+
+_CALLED: Mapping[Task, str] = {
+    "next_token": "causal language model",
+    "token_classification": "classifier of tokens",
+    "sequence_classification": "classifier of texts",
+}
 
 REPLICATE_BELOW = 2048
 """ZeRO-3 keeps parameters of fewer values (norms, biases) whole on each rank: gathering them costs more."""
@@ -37,7 +51,7 @@ def load_model(folder: Path, teacher: TeacherConfig, device: torch.device, atten
     `attention` asks for an implementation, e.g. `eager`, which alone tells its weights.
     """
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = MODEL_CLASSES[teacher.task].from_pretrained(
             folder,
             dtype=getattr(torch, teacher.dtype),
             local_files_only=True,
@@ -48,7 +62,7 @@ def load_model(folder: Path, teacher: TeacherConfig, device: torch.device, atten
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"teacher {teacher.name} at {folder} cannot be loaded as a causal language model: {reason}; "
+            f"teacher {teacher.name} at {folder} cannot be loaded as a {_CALLED[teacher.task]}: {reason}; "
             "check the folder's config.json and safetensors files"
         ) from error
     _check_complete(found, teacher, folder)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
+from batch_server import Batches
 
 RETRY = ("429", "429-after", "429-date")
 PAID_AND_BROKEN = (
@@ -58,6 +59,12 @@ class Settings:
     context_error: bool = True
     id_shift: int = 0
     """Another tokenizer: ids come back shifted."""
+    batch_polls: int = 1
+    """A batch is executed once it was looked at so often."""
+    batch_price: float = 0.5
+    batch_fault: str = ""
+    """`lost` or `unheard` (once): the answer to its creation is an error, before or after it was made; `failed`,
+    `expired` after half of the requests, `no-usage`."""
 
 
 class Server:
@@ -78,9 +85,9 @@ class Server:
                 return name
         return ""
 
-    def bill(self, input_: int, output: int) -> None:
+    def bill(self, input_: int, output: int, share: float = 1.0) -> None:
         own = self.settings
-        self.billed["money"] += (input_ * own.input_price + output * own.output_price) / 1e6
+        self.billed["money"] += share * (input_ * own.input_price + output * own.output_price) / 1e6
         self.billed["input"] += input_
         self.billed["output"] += output
         self.billed["requests"] += 1
@@ -174,6 +181,15 @@ class Server:
             return _error(401, f"Incorrect API key provided: {sent}", "invalid_api_key")
         if own.balance is not None and self.billed["money"] >= own.balance:
             return _error(402, "Insufficient Balance", "insufficient_balance")
+        return self._unfit(body)
+
+    def refusal_of(self, body: dict[str, Any]) -> tuple[int, Any] | None:
+        """Return status and error of a request of a batch that is refused."""
+        found = self._unfit(body)
+        return None if found is None else (found.status, json.loads(found.text or "{}"))
+
+    def _unfit(self, body: dict[str, Any]) -> web.Response | None:
+        own = self.settings
         if body.get("model") != own.model:
             return _error(404, f"The model `{body.get('model')}` does not exist", "model_not_found")
         if own.refuse and own.refuse in json.dumps(body):
@@ -341,6 +357,7 @@ def _spoil(fault: str, reply: dict[str, Any]) -> None:
 
 def application(server: Server) -> web.Application:
     app = web.Application(client_max_size=64 << 20)
+    Batches(server).add_routes(app)
     app.router.add_post("/v1/chat/completions", server.complete)
     app.router.add_post("/v1/completions", server.complete)
     app.router.add_get("/v1/models", server.models)

@@ -24,11 +24,11 @@ from workers.api.capture import keep_text
 from workers.api.config import ApiConfig, PricesConfig
 from workers.api.identity import api_identity
 from workers.config import TeacherConfig
-from workers.coordinator import missing_rows
 from workers.ledger.amounts import Caps
 from workers.ledger.journal import Journal
 from workers.ledger.ledger import Budget
 from workers.units import plan_units
+from workers.work import missing_rows
 
 K = 3
 
@@ -52,7 +52,7 @@ class Setting:
     def url(self) -> str:
         return str(self.folder / "cache")
 
-    def capture(self, caps: Caps) -> list[ApiReceipt]:
+    def capture(self, caps: Caps, retry_refused: bool = False) -> list[ApiReceipt]:
         """Score what is missing with a replica of its own, as the fleet would ask it to: all units at once."""
         identity = self.identity()
         DatasetWriter.create(self.url, identity)
@@ -65,7 +65,8 @@ class Setting:
 
         async def work() -> list[ApiReceipt]:
             handle = SimpleNamespace(transact=SimpleNamespace(remote=transact))
-            scorer = ApiScorer(ApiJob(self.teacher, self.samples.url, self.url, identity, "prompt_logprobs"), handle)
+            job = ApiJob(self.teacher, self.samples.url, self.url, identity, "prompt_logprobs", retry_refused)
+            scorer = ApiScorer(job, handle)
             await scorer.load()
             found = await asyncio.gather(*(scorer.score(unit, f"a{n}") for n, unit in enumerate(units)))
             assert await scorer.beat() > 0
@@ -113,7 +114,7 @@ def test_a_cap_leaves_whole_samples_and_the_rest_is_scored_later_once(setting: S
     assert 0 < part < setting.samples.num_samples
     assert part == sum(receipt.samples for receipt in receipts)
     receipts = setting.capture(Caps(money=10**12))
-    assert not any(receipt.stopped or receipt.failed or receipt.set_aside for receipt in receipts)
+    assert not any(receipt.stopped or receipt.failed or receipt.refused for receipt in receipts)
     dataset = Dataset.open(setting.url)
     assert len(dataset.catalog) == setting.samples.num_samples
     samples, targets = dataset.read(dataset.catalog.sample_ids)
@@ -132,21 +133,29 @@ def test_what_is_refused_is_left_out_and_told(setting: Setting) -> None:
     longest = int(setting.samples.num_tokens.max())
     setting.server.control(context=40)
     receipts = setting.capture(Caps(requests=1000))
-    reasons = [reason for receipt in receipts for reason in receipt.set_aside]
-    assert longest > 40
-    assert all("maximum context length is 40" in reason for reason in reasons)
-    assert sum(n for receipt in receipts for n in receipt.set_aside.values()) > 0
+    refused = {sample: reason for receipt in receipts for sample, reason in receipt.refused.items()}
+    assert longest > 40 and refused
+    assert all("maximum context length is 40" in reason for reason in refused.values())
+    lengths = dict(zip(setting.samples.ids(setting.samples.rows()), setting.samples.num_tokens, strict=True))
+    assert all(lengths[sample] > 40 for sample in refused)
     assert len(Dataset.open(setting.url).catalog) == sum(receipt.samples for receipt in receipts)
     billed = setting.server.stats()["billed"]
     setting.capture(Caps(requests=1000))
     assert setting.server.stats()["billed"] == billed
+    setting.server.control(context=4096)
+    again = setting.capture(Caps(requests=1000))
+    assert sum(len(receipt.refused) for receipt in again) == len(refused)
+    assert setting.server.stats()["billed"] == billed
+    mended = setting.capture(Caps(requests=1000), retry_refused=True)
+    assert not any(receipt.refused for receipt in mended)
+    assert len(Dataset.open(setting.url).catalog) == setting.samples.num_samples
 
 
 def test_text_is_kept_without_asking(setting: Setting) -> None:
     billed = setting.server.stats()["billed"]
     cache = CacheConfig(url=setting.url, kind="text")
     for expected in (setting.samples.num_samples, 0):
-        found = keep_text(cache, setting.samples, setting.samples.rows(), setting.identity("text"))
+        found = keep_text(setting.teacher, cache, setting.samples, setting.samples.rows(), setting.identity("text"))
         assert found.scored_samples == expected
     assert len(Dataset.open(setting.url).catalog) == setting.samples.num_samples
     assert setting.server.stats()["billed"] == billed

@@ -165,5 +165,5 @@ def test_strings_that_are_no_ids_are_left_to_the_tail() -> None:
 def test_a_job_for_other_processes_holds_no_key() -> None:
     """What goes through Ray names the variable alone."""
     fields = set(ApiJob.__dataclass_fields__)
-    assert fields == {"teacher", "samples_url", "dataset_url", "identity", "method"}
+    assert fields == {"teacher", "samples_url", "dataset_url", "identity", "method", "retry_refused"}
     assert "key" not in ApiScorer.__init__.__annotations__

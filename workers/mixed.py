@@ -1,0 +1,152 @@
+"""A fleet of two kinds on one queue: local replicas, and actors that ask an endpoint which serves the same weights.
+
+Both commit the same units to the same dataset. The kind whose token costs less is started and filled first; the other
+one takes what the first has no room for. What the endpoint leaves undone, because of a cap or for want of an answer,
+the local replicas do in the end.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from storage.config import CacheConfig
+from storage.errors import LecternError, WorkerError
+from storage.identity import DatasetIdentity
+from storage.sample_set import SampleSet
+from storage.samples import Int64Array
+from workers.api.actor import ApiJob, ApiReceipt, LedgerOwner
+from workers.api.capture import ApiCaptureResult, ApiReplica, api_kind
+from workers.api.scoring import ScoringMethod
+from workers.config import TeacherConfig
+from workers.coordinator import capture
+from workers.fleet import LocalReplicas, fleet_policy, local_kind, rank_bundle, root_cause
+from workers.ledger.ledger import Budget
+from workers.local.rank import CaptureJob, Rank
+from workers.loop import FleetLoop, OnEvent, brief
+from workers.model_folder import model_facts
+from workers.policy import ReplicaKind
+from workers.replica import Post, Replica
+from workers.resources import free_resources, placement_strategy
+from workers.units import WorkUnit
+from workers.work import Work, plan_work
+
+
+def capture_mixed(
+    teacher: TeacherConfig,
+    cache: CacheConfig,
+    model_folder: Path,
+    samples: SampleSet,
+    rows: Sequence[int] | Int64Array,
+    identity: DatasetIdentity,
+    method: ScoringMethod,
+    ledger_url: str,
+    budget: Budget,
+    device: str,
+    on_event: OnEvent,
+    price_per_hour: float = 0.0,
+    tokens_per_s: float | None = None,
+    may_grow: bool = False,
+    labels: Mapping[str, str] | None = None,
+) -> ApiCaptureResult:
+    """Score the samples at `rows` that the dataset lacks, here and through an endpoint; Ray must be running.
+
+    `tokens_per_s` is a local replica's rate, where one is known: with `price_per_hour` it says what a token costs here.
+    Otherwise as `workers.coordinator.capture` and `workers.api.capture.capture_api`.
+
+    Raises:
+        InputError: model, endpoint, dataset or a setting is wrong.
+        StorageError: a store failed.
+        WorkerError: no replica could be started, or too many samples are refused.
+    """
+    with plan_work(teacher, cache, samples, rows, identity, on_event, model_facts(model_folder).vocab_size) as work:
+        result = ApiCaptureResult(reused_samples=work.reused, refused=dict(work.refused.reasons))
+        if len(work.units):
+            local = CaptureJob(teacher, model_folder, samples.url, cache.url, identity)
+            api = ApiJob(teacher, samples.url, cache.url, identity, method, cache.retry_refused)
+            on_device = "cuda" if device in {"gpu", "cuda"} else "cpu"
+            kinds = mixed_kinds(teacher, on_device, price_per_hour, tokens_per_s)
+            strategy = placement_strategy(rank_bundle(on_device), teacher.ranks, may_grow=may_grow)
+            here = LocalReplicas(local, on_device, strategy, Rank, labels)
+            _run(work, result, here, api, kinds, ledger_url, budget, on_event)
+    if result.stopped is None and not result.unanswered:
+        return result
+    rest = capture(
+        teacher,
+        cache,
+        model_folder,
+        samples,
+        rows,
+        identity,
+        device,
+        on_event,
+        price_per_hour,
+        may_grow=may_grow,
+        labels=labels,
+    )
+    result.scored_samples += rest.scored_samples
+    result.tokens += rest.tokens
+    result.failed_units += rest.failed_units
+    result.replicas_lost += rest.replicas_lost
+    result.stopped, result.unanswered = None, {}
+    return result
+
+
+def mixed_kinds(
+    teacher: TeacherConfig, device: str, price_per_hour: float, tokens_per_s: float | None
+) -> list[ReplicaKind]:
+    """Return the two kinds of replicas with what a token costs on each; a local one is free while that is unknown."""
+    here = price_per_hour / 3600 / tokens_per_s if tokens_per_s else 0.0
+    return [
+        replace(local_kind(teacher, device, price_per_hour), cost_per_token=here),
+        replace(api_kind(teacher), max=1),
+    ]
+
+
+def _run(
+    work: Work,
+    result: ApiCaptureResult,
+    here: LocalReplicas,
+    api: ApiJob,
+    kinds: Sequence[ReplicaKind],
+    ledger_url: str,
+    budget: Budget,
+    on_event: OnEvent,
+) -> None:
+    owner = ray.remote(LedgerOwner).options(num_cpus=0, max_restarts=0).remote(ledger_url, budget)
+
+    def make(number: int, kind: ReplicaKind, post: Post) -> Replica[WorkUnit]:
+        return ApiReplica(number, api, owner, post) if kind.name == "api" else here.make(number, kind, post)
+
+    def on_done(unit: WorkUnit, receipt: Any) -> dict[str, Any]:
+        work.refused.add(receipt.refused)
+        if not isinstance(receipt, ApiReceipt):
+            return {"by": "local", **result.add(unit, receipt)}
+        on_event({"event": "spending", **vars(ray.get(owner.standing.remote()))})
+        return {"by": "api", **result.add_receipt(unit, receipt)}
+
+    try:
+        ray.get(owner.standing.remote())
+        loop = FleetLoop(
+            work.in_any_order(),
+            work.units.tokens,
+            kinds,
+            make,
+            fleet_policy(api.teacher),
+            on_event,
+            on_done,
+            why_waiting=free_resources,
+        )
+        try:
+            loop.run()
+        finally:
+            result.close(loop, work.refused.reasons)
+        result.standing = ray.get(owner.standing.remote())
+    except LecternError as error:
+        raise root_cause(error) from None
+    except Exception as error:
+        raise WorkerError(f"the teacher did not work: {brief(root_cause(error))}") from error
+    finally:
+        ray.kill(owner)
