@@ -125,7 +125,7 @@ def check_dataset(config: RunConfig, tokenizer: Tokenizer, identity: DatasetIden
         teacher=info.identity.teacher,
         tokenizer=TokenizerIdentity(digest=tokenizer.digest, vocab_size=tokenizer.vocab_size),
         chat_template=info.identity.chat_template,
-        precision=config.teacher.dtype,
+        precision=config.teacher.precision,
         capture=with_projection(
             capture_identity(config.cache, config.teacher, info.identity.capture.classes), config.cache.url
         ),

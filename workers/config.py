@@ -43,6 +43,21 @@ class ReplicasConfig(Settings):
         return self
 
 
+class OffloadConfig(Settings):
+    """Where the shares of a teacher split with ZeRO-3 lie while they are not computed with."""
+
+    to: Literal["cpu", "nvme"] = "cpu"
+    """Host memory, or files on a fast local disk; the latter needs an accelerator and DeepSpeed's asynchronous I/O."""
+    folder: str | None = None
+    """Folder on that disk, on every node."""
+
+    @model_validator(mode="after")
+    def _disk_has_a_folder(self) -> "OffloadConfig":
+        if (self.to == "nvme") != (self.folder is not None):
+            raise ValueError("folder names where the files go with `to: nvme`, and goes with that alone")
+        return self
+
+
 class TeacherConfig(Settings):
     """Which model is distilled, and how it is run."""
 
@@ -65,6 +80,12 @@ class TeacherConfig(Settings):
     """How DeepSpeed splits the model over the ranks; `none` needs `ranks: 1`."""
     ranks: int = Field(default=1, ge=1)
     """Rank actors of one replica, one accelerator (or CPU share) each."""
+    offload: OffloadConfig | None = None
+    """Keep weights off the accelerator but for the layer at work (`sharding: zero3`, one rank will do): slower by the
+    copying, for teachers that fit no other way. `{}` keeps them in host memory."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Round the weights to 8 or 4 bits while loading (bitsandbytes; `sharding: none`): another teacher, by its answers
+    and so by its identity, in half or a quarter of the memory."""
     replicas: ReplicasConfig = ReplicasConfig()
     """Whole copies of the teacher that work side by side."""
     batch_tokens: int = Field(default=8192, ge=1)
@@ -83,6 +104,19 @@ class TeacherConfig(Settings):
     """The least that an `api` teacher must give; none takes the richest that there is, and says what that is."""
     embedded: EmbeddedTeacherConfig = EmbeddedTeacherConfig()
     """Shape of the embedded teacher; used where `name` is `embedded`."""
+
+    @model_validator(mode="after")
+    def _what_goes_together(self) -> "TeacherConfig":
+        if self.offload is not None and self.sharding != "zero3":
+            raise ValueError(f"offload is a part of sharding zero3, not of {self.sharding}; set sharding: zero3")
+        if self.quantize is not None and self.sharding != "none":
+            raise ValueError(f"quantize cannot be split by {self.sharding}; set sharding: none and ranks: 1")
+        return self
+
+    @property
+    def precision(self) -> str:
+        """The precision of weights and forward pass, as a dataset's identity names it."""
+        return self.dtype if self.quantize is None else f"{self.dtype}, weights {self.quantize}"
 
     @field_validator("replicas", mode="before")
     @classmethod

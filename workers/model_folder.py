@@ -162,6 +162,6 @@ def teacher_identity(
         ),
         tokenizer=TokenizerIdentity(digest=tokenizer.digest, vocab_size=tokenizer.vocab_size),
         chat_template=None if template is None else blake2b(template.encode(), digest_size=16).hexdigest(),
-        precision=teacher.dtype,
+        precision=teacher.precision,
         capture=with_projection(capture, cache.url),
     )

@@ -78,13 +78,23 @@ def assert_targets_are_right(targets: TargetBatch, expected: np.ndarray) -> None
         ("qwen2", "zero3", 2),
         ("qwen2", "tensor_parallel", 2),
         ("llama", "tensor_parallel", 2),
+        ("qwen2", "zero3 offloaded", 1),
+        ("llama", "zero3 offloaded", 2),
     ],
 )
 def test_float32_targets_match_plain_transformers(
     tiny_run: TinyRun, model_type: str, sharding: str, ranks: int
 ) -> None:
     folder = tiny_run.model(model_type, 256)
-    teacher = TeacherConfig(name=str(folder), dtype="float32", sharding=sharding, ranks=ranks, batch_tokens=512)
+    how, _, offloaded = sharding.partition(" ")
+    teacher = TeacherConfig(
+        name=str(folder),
+        dtype="float32",
+        sharding=how,
+        ranks=ranks,
+        batch_tokens=512,
+        offload={} if offloaded else None,
+    )
     cache = tiny_run.cache(f"{model_type}-{sharding}-{ranks}", hidden=["final"])
     result, identity = run_capture(tiny_run, folder, teacher, cache)
     assert result.scored_samples == tiny_run.samples.num_samples >= 64
@@ -93,7 +103,7 @@ def test_float32_targets_match_plain_transformers(
     if ranks > 1:
         for rank in result.ranks:
             share = rank["parameters_held"] / rank["parameters_total"]
-            assert 0.45 < share < (0.55 if sharding == "zero3" else 0.65)
+            assert 0.45 < share < (0.55 if how == "zero3" else 0.65)
             assert rank["replicated"]
     again, _ = run_capture(tiny_run, folder, teacher, cache)
     assert (again.scored_samples, again.reused_samples) == (0, tiny_run.samples.num_samples)

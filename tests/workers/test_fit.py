@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from ray.core.generated import autoscaler_pb2
 from safetensors.numpy import save_file
 
 from storage.errors import InputError
 from workers.config import ReplicasConfig, TeacherConfig
-from workers.local.fit import check_fit, host_free_bytes, memory_need
+from workers.local.fit import check_fit, host_free_bytes, memory_need, stored_dtypes
 from workers.meter import FleetMeter
 from workers.metrics import FleetMetrics
 from workers.resources import NodeShape, describe, names_infeasible, placement_strategy
@@ -30,6 +31,49 @@ def test_need_follows_precision_sharding_and_batch(tmp_path: Path) -> None:
     assert (whole.weights, whole.logits, whole.loading) == (2_000_000, 400_000, 2_000_000)
     half = memory_need(folder, TeacherConfig(dtype="bfloat16", sharding="zero3", ranks=4, batch_tokens=100))
     assert (half.weights, half.logits, half.loading) == (250_000, 200_000, 1_000_000)
+
+
+def test_weights_that_are_kept_elsewhere_or_rounded_need_less(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path)
+    split = {"dtype": "float16", "sharding": "zero3", "ranks": 2, "batch_tokens": 100}
+    there = memory_need(folder, TeacherConfig.model_validate({**split, "offload": {}}))
+    assert (there.weights, there.offloaded, there.scoring) == (0, 500_000, 200_000)
+    on_disk = {"to": "nvme", "folder": "/fast"}
+    disk = memory_need(folder, TeacherConfig.model_validate({**split, "offload": on_disk}))
+    assert (disk.weights, disk.offloaded) == (0, 0)
+    for how, size in (("int8", 500_000), ("int4", 250_000)):
+        assert memory_need(folder, TeacherConfig(dtype="float16", sharding="none", quantize=how)).weights == size
+
+
+def test_ranks_of_a_node_load_the_same_pages(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path)
+    assert stored_dtypes(folder) == {"float16"}
+    mapped = TeacherConfig(name="m", dtype="float16", sharding="zero3", ranks=4, batch_tokens=1)
+    need = memory_need(folder, mapped)
+    assert need.loading_is_shared
+    check_fit(need, mapped, host_free=1_100_000, device_free=GIB, ranks_here=4)
+    copied = mapped.model_copy(update={"dtype": "bfloat16"})
+    with pytest.raises(InputError, match=r"each of the 4 ranks on this node needs 1\.0 MiB of host memory"):
+        check_fit(memory_need(folder, copied), copied, host_free=1_100_000, device_free=GIB, ranks_here=4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"sharding": "tensor_parallel", "offload": {}}, "offload is a part of sharding zero3"),
+        ({"sharding": "zero3", "offload": {"to": "nvme"}}, "folder names where the files go"),
+        ({"sharding": "zero3", "offload": {"folder": "/x"}}, "folder names where the files go"),
+        ({"sharding": "zero3", "quantize": "int8"}, "set sharding: none and ranks: 1"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(fields: dict[str, object], text: str) -> None:
+    with pytest.raises(ValidationError, match=text):
+        TeacherConfig.model_validate(fields)
+
+
+def test_rounded_weights_are_another_teacher() -> None:
+    assert TeacherConfig(dtype="bfloat16").precision == "bfloat16"
+    assert TeacherConfig(dtype="bfloat16", sharding="none", quantize="int4").precision == "bfloat16, weights int4"
 
 
 def test_a_model_too_large_is_refused_with_both_numbers(tmp_path: Path) -> None:

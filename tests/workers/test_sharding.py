@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from storage.errors import InputError
 from tests.workers.tiny import TINY, tiny_model
 from workers.config import TeacherConfig
+from workers.local import sharding
 from workers.local.sharding import ShardReport, check_split, load_model, shard_model
 
 CPU = torch.device("cpu")
@@ -76,3 +77,22 @@ def test_a_class_that_is_not_split_is_refused() -> None:
     check_split(ShardReport(0, 40, 100, []), config, "Qwen2ForCausalLM")
     with pytest.raises(InputError, match=r"does not split OddModel: each of 4 ranks holds 97%.*model\.odd.*zero3"):
         check_split(ShardReport(0, 97, 100, ["model.odd"]), config, "OddModel")
+
+
+@pytest.mark.parametrize("lacking", [["bitsandbytes"], ["accelerate", "bitsandbytes"]])
+def test_rounding_without_its_packages_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: list[str]
+) -> None:
+    monkeypatch.setattr(sharding, "find_spec", lambda name: None if name in lacking else object())
+    with pytest.raises(InputError, match=rf"quantize int8 needs {' and '.join(lacking)}.*pip install"):
+        load_model(folder, teacher(folder).model_copy(update={"quantize": "int8"}), CPU)
+
+
+def test_disk_without_asynchronous_reads_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(type(get_accelerator()), "create_op_builder", lambda *_: None)
+    fields = {"name": str(folder), "dtype": "float32", "sharding": "zero3", "offload": {"to": "nvme", "folder": "/x"}}
+    config = TeacherConfig.model_validate(fields)
+    with pytest.raises(InputError, match=r"needs an accelerator and DeepSpeed's async_io.*use `to: cpu`"):
+        shard_model(load_model(folder, config, CPU), config, 0)

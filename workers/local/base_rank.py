@@ -84,7 +84,7 @@ class BaseRank:
         keep_freed_memory()
         self.place = place
         self.device = torch.device(place.device)
-        if place.num_ranks > 1:
+        if place.num_ranks > 1 or teacher.offload is not None:
             import deepspeed
 
             if teacher.sharding != "tensor_parallel":
@@ -95,7 +95,7 @@ class BaseRank:
         check_fit(memory_need(folder, teacher), teacher, host_free_bytes(), device_free, place.num_local_ranks)
         model = load_model(folder, teacher, self.device, attention)
         inspect(model)
-        self.model, report = shard_model(model, teacher, place.rank)
+        self.model, report = shard_model(model, teacher, place.rank, self.device)
         return report
 
     def _same_everywhere(self, found: bool) -> bool:

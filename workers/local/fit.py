@@ -1,5 +1,6 @@
 """Whether a teacher fits where it is to be loaded: reckoned from its folder before anything is loaded. No torch."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from workers.config import TeacherConfig
 from workers.model_folder import model_facts
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_QUANTIZED_BYTES = {"int8": 1.0, "int4": 0.5}
+_SAFETENSORS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -17,11 +20,15 @@ class MemoryNeed:
     """Bytes that one rank needs at least; activations come on top."""
 
     weights: int
-    """Its share of the weights while scoring; all of them where nothing is sharded."""
+    """Its share of the weights on the device while scoring; all of them where nothing is sharded."""
     logits: int
     """Of one batch, in the teacher's precision."""
     loading: int
     """In host memory while loading, before the weights are split."""
+    offloaded: int = 0
+    """In host memory while scoring: its share of weights that are kept off the device."""
+    loading_is_shared: bool = False
+    """Whether the ranks of a node load the same pages: weights in the files' own precision are mapped, not copied."""
 
     @property
     def scoring(self) -> int:
@@ -32,11 +39,28 @@ class MemoryNeed:
 def memory_need(folder: Path, teacher: TeacherConfig) -> MemoryNeed:
     """Return what a rank of this teacher needs; reads config.json and the headers of the weight files."""
     size = DTYPE_BYTES[teacher.dtype]
-    weights = parameter_count(folder) * size
+    weights = int(parameter_count(folder) * _QUANTIZED_BYTES.get(teacher.quantize or "", size))
     held = weights if teacher.sharding == "none" else -(-weights // teacher.ranks)
+    offloaded = held if teacher.offload is not None and teacher.offload.to == "cpu" else 0
     # ZeRO-3 gathers one layer at a time for all ranks' own batches; the logits of a batch are whole on each rank.
     logits = teacher.batch_tokens * model_facts(folder).num_outputs(teacher.task) * size
-    return MemoryNeed(weights=held, logits=logits, loading=weights)
+    return MemoryNeed(
+        weights=0 if teacher.offload is not None else held,
+        logits=logits,
+        loading=weights,
+        offloaded=offloaded,
+        loading_is_shared=stored_dtypes(folder) == {teacher.dtype},
+    )
+
+
+def stored_dtypes(folder: Path) -> set[str]:
+    """Return the precisions of a folder's safetensors, e.g. `bfloat16`."""
+    found = set()
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        found |= {str(entry["dtype"]) for name, entry in head.items() if name != "__metadata__"}
+    return {_SAFETENSORS.get(name, name) for name in found}
 
 
 def check_fit(
@@ -52,11 +76,13 @@ def check_fit(
         ranks_here: ranks of this replica on this node.
     """
     share = host_free // ranks_here
-    asked = need.loading if device_free is not None else max(need.loading, need.scoring)
+    # A rank that splits mapped weights holds its own share beside the pages that all ranks of the node map.
+    loading = need.loading // ranks_here if need.loading_is_shared else need.loading
+    asked = max(loading, need.offloaded) if device_free is not None else max(loading, need.scoring + need.offloaded)
     if asked > share:
         raise InputError(
             f"teacher {teacher.name} does not fit: each of the {ranks_here} ranks on this node needs {_gib(asked)} of "
-            f"host memory ({_gib(need.loading)} to load the weights; {_gib(need.weights)} of weights and "
+            f"host memory ({_gib(loading)} to load the weights; {_gib(need.weights + need.offloaded)} of weights and "
             f"{_gib(need.logits)} of logits to score), {_gib(share)} is there for each; use larger nodes or a smaller "
             "teacher.batch_tokens"
         )
@@ -64,8 +90,8 @@ def check_fit(
         raise InputError(
             f"teacher {teacher.name} does not fit: each rank needs {_gib(need.weights)} for its share of the weights "
             f"and {_gib(need.logits)} for the logits of {teacher.batch_tokens} tokens, its accelerator has "
-            f"{_gib(device_free)} free; raise teacher.ranks (now {teacher.ranks}, sharding {teacher.sharding}), or "
-            "lower teacher.batch_tokens"
+            f"{_gib(device_free)} free; raise teacher.ranks (now {teacher.ranks}, sharding {teacher.sharding}), "
+            "lower teacher.batch_tokens, or keep the weights elsewhere with teacher.offload"
         )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from storage.errors import InputError
 from storage.identity import Task
-from workers.config import TeacherConfig
+from workers.config import OffloadConfig, TeacherConfig
 
 MODEL_CLASSES: Mapping[Task, Any] = {
     "next_token": AutoModelForCausalLM,
@@ -48,8 +49,13 @@ class ShardReport:
 def load_model(folder: Path, teacher: TeacherConfig, device: torch.device, attention: str | None = None) -> nn.Module:
     """Load a model folder in the teacher's precision, ready to score; InputError when it cannot be loaded.
 
-    `attention` asks for an implementation, e.g. `eager`, which alone tells its weights.
+    `attention` asks for an implementation, e.g. `eager`, which alone tells its weights. A model that ZeRO-3 will split
+    stays in host memory: its safetensors are mapped, so that the ranks of a node share their pages, and each parameter
+    visits the accelerator alone.
     """
+    how: dict[str, Any] = {}
+    if teacher.quantize is not None:
+        how = {"quantization_config": _quantization(teacher), "device_map": {"": device}}
     try:
         model, found = MODEL_CLASSES[teacher.task].from_pretrained(
             folder,
@@ -58,15 +64,39 @@ def load_model(folder: Path, teacher: TeacherConfig, device: torch.device, atten
             use_safetensors=True,
             attn_implementation=attention,
             output_loading_info=True,
+            **how,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"teacher {teacher.name} at {folder} cannot be loaded as a {_CALLED[teacher.task]}: {reason}; "
             "check the folder's config.json and safetensors files"
         ) from error
     _check_complete(found, teacher, folder)
-    return model.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
+    if teacher.quantize is None and not uses_zero3(teacher):
+        model = model.to(device)
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def uses_zero3(teacher: TeacherConfig) -> bool:
+    """Tell whether a teacher runs under ZeRO-3: over several ranks, or with its weights elsewhere."""
+    return teacher.sharding == "zero3" and (teacher.ranks > 1 or teacher.offload is not None)
+
+
+def _quantization(teacher: TeacherConfig) -> Any:
+    """Return transformers' settings of a rounding; InputError where the packages that do it are not installed."""
+    from transformers import BitsAndBytesConfig
+
+    lacking = [name for name in ("accelerate", "bitsandbytes") if find_spec(name) is None]
+    if lacking:
+        raise InputError(
+            f"teacher.quantize {teacher.quantize} needs {' and '.join(lacking)}, not installed on this node: "
+            f"`pip install {' '.join(lacking)}`, or leave teacher.quantize out"
+        )
+    if teacher.quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    dtype = getattr(torch, teacher.dtype)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def _check_complete(found: dict[str, Any], teacher: TeacherConfig, folder: Path) -> None:
@@ -79,13 +109,19 @@ def _check_complete(found: dict[str, Any], teacher: TeacherConfig, folder: Path)
         )
 
 
-def shard_model(model: nn.Module, teacher: TeacherConfig, rank: int) -> tuple[nn.Module, ShardReport]:
-    """Split a loaded model over `teacher.ranks` ranks; torch.distributed must be running where there are several."""
+def shard_model(
+    model: nn.Module, teacher: TeacherConfig, rank: int, device: torch.device | None = None
+) -> tuple[nn.Module, ShardReport]:
+    """Split a loaded model over `teacher.ranks` ranks; torch.distributed must be running where there are several.
+
+    `device` is what the rank computes on; none means the CPU.
+    """
+    device = device or torch.device("cpu")
     whole = {name: parameter.numel() for name, parameter in model.named_parameters()}
     if teacher.sharding == "tensor_parallel" and teacher.ranks > 1:
         model = _tensor_parallel(model, teacher)
-    elif teacher.sharding == "zero3" and teacher.ranks > 1:
-        model = _zero3(model, teacher)
+    elif uses_zero3(teacher):
+        model = _zero3(model, teacher, device)
     held = {name: _values_held(parameter) for name, parameter in model.named_parameters()}
     total = sum(whole.values())
     kept_whole = [name for name, values in held.items() if teacher.ranks > 1 and values == whole.get(name)]
@@ -116,17 +152,40 @@ def _tensor_parallel(model: nn.Module, teacher: TeacherConfig) -> nn.Module:
     return engine.module  # type: ignore[no-any-return]
 
 
-def _zero3(model: nn.Module, teacher: TeacherConfig) -> nn.Module:
+def _zero3(model: nn.Module, teacher: TeacherConfig, device: torch.device) -> nn.Module:
     import deepspeed
 
+    zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": REPLICATE_BELOW}
+    if teacher.offload is not None:
+        zero["offload_param"] = _offload(teacher.offload)
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": REPLICATE_BELOW},
+        "zero_optimization": zero,
         "bf16": {"enabled": teacher.dtype == "bfloat16"},
         "fp16": {"enabled": teacher.dtype == "float16"},
     }
+    if teacher.offload is not None:
+        # Split first, parameter by parameter: `initialize` would move the whole model to the accelerator.
+        deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=getattr(torch, teacher.dtype))
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(device)
     engine, *_ = deepspeed.initialize(model=model, config=settings)
     return engine.module.eval()  # type: ignore[no-any-return]
+
+
+def _offload(config: OffloadConfig) -> dict[str, Any]:
+    """Return DeepSpeed's settings of an offload; InputError where it cannot read files asynchronously."""
+    from deepspeed.accelerator import get_accelerator
+
+    if config.to == "cpu":
+        return {"device": "cpu", "pin_memory": get_accelerator().device_name() != "cpu"}
+    builder = get_accelerator().create_op_builder("AsyncIOBuilder")
+    if builder is None or not builder.is_compatible():
+        raise InputError(
+            "teacher.offload.to nvme needs an accelerator and DeepSpeed's async_io, which does not build on this node "
+            "(`ds_report` says why; Debian's libaio-dev is what it lacks as a rule); use `to: cpu`"
+        )
+    return {"device": "nvme", "nvme_path": config.folder, "pin_memory": True}
 
 
 def _values_held(parameter: Any) -> int:
