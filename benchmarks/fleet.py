@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from workers.dispatch import Beat, Dispatcher, Give, Kill, Retry, SetAside, Start
+from workers.commands import Beat, Give, Kill, Retry, SetAside, Start
+from workers.dispatch import Dispatcher
 from workers.policy import FailureKind, FleetPolicy, ReplicaKind
 from workers.replica import Done, Lost, News, Placed, Ready, Seen
 from workers.units import WorkUnit, plan_units

@@ -5,11 +5,11 @@ costs the same with a thousand replicas as with one, and nothing is kept of unit
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import Generic
 
 from storage.errors import WorkerError
+from workers.commands import Beat, Command, Give, Kill, Retry, SetAside, Start
 from workers.meter import FleetMeter, FleetStatus
 from workers.policy import (
     START_RULES,
@@ -22,86 +22,7 @@ from workers.policy import (
     decide,
 )
 from workers.replica import Done, Failed, Lost, News, Placed, Ready, Seen, UnitT
-
-
-@dataclass(frozen=True)
-class Start:
-    """Make a replica of this kind under this number."""
-
-    replica: int
-    kind: ReplicaKind
-
-
-@dataclass(frozen=True)
-class Give(Generic[UnitT]):
-    """Give a unit to a replica; `duplicate` when another replica works on it already."""
-
-    replica: int
-    unit: UnitT
-    attempt: int
-    duplicate: bool = False
-
-
-@dataclass(frozen=True)
-class Beat:
-    """Ask a replica for a sign of life."""
-
-    replica: int
-
-
-@dataclass(frozen=True)
-class Kill:
-    """End a replica; `error` is none when it has merely nothing left to do."""
-
-    replica: int
-    kind: FailureKind | None = None
-    error: BaseException | None = None
-
-
-@dataclass(frozen=True)
-class Retry(Generic[UnitT]):
-    """For the record: a unit failed and is queued again, for this attempt."""
-
-    unit: UnitT
-    attempt: int
-    error: BaseException
-
-
-@dataclass(frozen=True)
-class SetAside(Generic[UnitT]):
-    """For the record: a unit is given up after so many attempts."""
-
-    unit: UnitT
-    attempts: int
-    error: BaseException
-
-
-Command = Start | Give[UnitT] | Beat | Kill | Retry[UnitT] | SetAside[UnitT]
-
-
-@dataclass
-class _View:
-    """What the dispatcher knows of one replica."""
-
-    number: int
-    kind: ReplicaKind
-    asked_at: float
-    seen_at: float
-    state: ReplicaState = ReplicaState.PLACING
-    progress: int = -1
-    work: OrderedDict[str, float] = field(default_factory=OrderedDict)
-    """Unit id → when it was given; the oldest is worked on first."""
-    turn_at: float = 0.0
-    """When the last unit ended, or when the oldest was given to an idle replica."""
-
-
-@dataclass
-class _Flight(Generic[UnitT]):
-    """A unit on its way, on one replica or several."""
-
-    unit: UnitT
-    attempt: int
-    replicas: list[int]
+from workers.views import Flight, ReplicaView, Room, hangs
 
 
 class Dispatcher(Generic[UnitT]):
@@ -125,14 +46,13 @@ class Dispatcher(Generic[UnitT]):
         """Units of lost replicas that are not to blame, and their next attempt."""
         self._last: deque[tuple[UnitT, int]] = deque()
         """Units that failed: tried again when all others have been given out."""
-        self._flights: dict[str, _Flight[UnitT]] = {}
+        self._flights: dict[str, Flight[UnitT]] = {}
         self._single: OrderedDict[str, None] = OrderedDict()
         """Flights with one replica that may get a second, oldest first."""
         self._waiting: OrderedDict[str, None] = OrderedDict()
         """Those of them whose replica has not begun with them."""
-        self._views: dict[int, _View] = {}
-        self._free: dict[tuple[int, float], OrderedDict[int, None]] = {}
-        """(kind, units in flight over capacity) → ready replicas with room."""
+        self._views: dict[int, ReplicaView] = {}
+        self._room = Room(self.kinds)
         self._idle: OrderedDict[int, float] = OrderedDict()
         """Ready replicas without work → since when."""
         self._checks: deque[tuple[float, int]] = deque()
@@ -198,20 +118,22 @@ class Dispatcher(Generic[UnitT]):
 
     # Replicas.
 
-    def _move(self, view: _View, state: ReplicaState) -> None:
+    def _move(self, view: ReplicaView, state: ReplicaState) -> None:
         self.meter.moved(view.state, state, view.kind.price_per_hour)
         view.state = state
 
-    def _made_ready(self, view: _View, now: float) -> None:
+    def _made_ready(self, view: ReplicaView, now: float) -> None:
         view.seen_at = now
         self._move(view, ReplicaState.READY)
         self._ready[view.kind.name] += 1
         self._failed_starts[view.kind.name] = 0
         self.meter.started(view.asked_at, now)
         self._idle[view.number] = now
-        self._room(view)
+        self._room.update(view)
 
-    def _lose(self, view: _View, kind: FailureKind, error: BaseException, unit_id: str | None, now: float) -> None:
+    def _lose(
+        self, view: ReplicaView, kind: FailureKind, error: BaseException, unit_id: str | None, now: float
+    ) -> None:
         """End a replica. The unit to blame, or the one it was working on, has failed; the others only wait again."""
         starting = view.state is not ReplicaState.READY
         given = list(view.work)
@@ -225,10 +147,10 @@ class Dispatcher(Generic[UnitT]):
         if starting:
             self._start_failed(view.kind, kind, error, now)
 
-    def _remove(self, view: _View, now: float) -> None:
+    def _remove(self, view: ReplicaView, now: float) -> None:
         if view.work:
             self.meter.set_busy(False, view.kind.price_per_hour)
-        self._no_room(view)
+        self._room.remove(view)
         self._idle.pop(view.number, None)
         self.meter.moved(view.state, None, view.kind.price_per_hour)
         self._alive[view.kind.name] -= 1
@@ -255,7 +177,7 @@ class Dispatcher(Generic[UnitT]):
             while self._alive[kind.name] < wanted and now >= self._start_after[kind.name] and self._worth_it(kind):
                 self._num_asked += 1
                 number = self._num_asked
-                self._views[number] = _View(number, kind, asked_at=now, seen_at=now)
+                self._views[number] = ReplicaView(number, kind, asked_at=now, seen_at=now)
                 self._alive[kind.name] += 1
                 self.meter.moved(None, ReplicaState.PLACING, kind.price_per_hour)
                 self._checks.append((now + self.policy.check_s, number))
@@ -297,50 +219,35 @@ class Dispatcher(Generic[UnitT]):
             view = self._views.get(number)
             if view is None:
                 continue
-            late = self._too_late(view, now)
+            placing = view.state is ReplicaState.PLACING
+            late = None if placing else hangs(view, self.policy, now)
+            if placing:
+                self._check_placing(view, now)
             if late is not None:
                 self._lose(view, FailureKind.LOST, late, None, now)
             else:
                 self._checks.append((now + self.policy.check_s, number))
-                if view.state is not ReplicaState.PLACING:
+                if not placing:
                     self._commands.append(Beat(number))
 
-    def _too_late(self, view: _View, now: float) -> BaseException | None:
-        limits = self.policy
-        if view.state is ReplicaState.PLACING:
-            waits = now - view.asked_at > limits.startup_timeout_s
-            # More than `min` replicas are a wish: it stays open as long as there is work.
-            if waits and self._ready[view.kind.name] < min(view.kind.min, self.meter.units_left):
-                self.error = WorkerError(
-                    f"a replica was still {view.state} after teacher.startup_timeout_s = {limits.startup_timeout_s:g}; "
-                    f"it needs {view.kind.needs}: add nodes that have it, or ask for fewer ranks or replicas"
-                )
-            return None
-        silent = now - view.seen_at
-        if silent > limits.heartbeat_timeout_s and (view.state is ReplicaState.READY or view.progress >= 0):
-            return TimeoutError(
-                f"replica {view.number} hangs: no progress for {silent:.0f} s, more than "
-                f"teacher.heartbeat_timeout_s = {limits.heartbeat_timeout_s:g}"
+    def _check_placing(self, view: ReplicaView, now: float) -> None:
+        """End the work where a replica that it needs gets no resources."""
+        limit = self.policy.startup_timeout_s
+        # More than `min` replicas are a wish: it stays open as long as there is work.
+        needed = self._ready[view.kind.name] < min(view.kind.min, self.meter.units_left)
+        if needed and now - view.asked_at > limit:
+            self.error = WorkerError(
+                f"a replica was still {view.state} after teacher.startup_timeout_s = {limit:g}; it needs "
+                f"{view.kind.needs}: add nodes that have it, or ask for fewer ranks or replicas"
             )
-        if view.state is ReplicaState.LOADING and now - view.asked_at > limits.startup_timeout_s:
-            return TimeoutError(
-                f"replica {view.number} was still {view.state} after teacher.startup_timeout_s = "
-                f"{limits.startup_timeout_s:g}"
-            )
-        if view.work:
-            name, given_at = next(iter(view.work.items()))
-            if now - max(given_at, view.turn_at) > limits.unit_timeout_s:
-                return TimeoutError(f"unit {name} took longer than teacher.unit_timeout_s = {limits.unit_timeout_s:g}")
-        return None
 
     # Units.
 
     def _give_units(self, now: float) -> None:
-        while self.num_queued and self._free:
-            bucket = self._free[min(self._free)]
-            view = self._views[next(iter(bucket))]
+        while self.num_queued and (number := self._room.best()) is not None:
+            view = self._views[number]
             unit, attempt = self._next_unit()
-            self._flights[unit.unit_id] = _Flight(unit, attempt, [])
+            self._flights[unit.unit_id] = Flight(unit, attempt, [])
             self._give(view, unit.unit_id, now)
 
     def _next_unit(self) -> tuple[UnitT, int]:
@@ -351,11 +258,10 @@ class Dispatcher(Generic[UnitT]):
         self._num_unread -= 1
         return next(self._source), 1
 
-    def _give(self, view: _View, unit_id: str, now: float) -> None:
+    def _give(self, view: ReplicaView, unit_id: str, now: float) -> None:
         flight = self._flights[unit_id]
         duplicate = bool(flight.replicas)
         flight.replicas.append(view.number)
-        self._no_room(view)
         if not view.work:
             self.meter.set_busy(True, view.kind.price_per_hour)
             self._idle.pop(view.number, None)
@@ -367,7 +273,7 @@ class Dispatcher(Generic[UnitT]):
             if len(view.work) >= view.kind.parallel:
                 self._waiting[unit_id] = None
         view.work[unit_id] = now
-        self._room(view)
+        self._room.update(view)
         self._commands.append(Give(view.number, flight.unit, flight.attempt, duplicate))
 
     def _duplicate_late_units(self, now: float) -> None:
@@ -389,7 +295,7 @@ class Dispatcher(Generic[UnitT]):
         expected = self.meter.seconds_per_token * flight.unit.num_tokens
         return oldest if expected and elapsed > self.policy.straggler_factor * expected + 1 else None
 
-    def _take_back(self, view: _View, unit_id: str, now: float) -> float:
+    def _take_back(self, view: ReplicaView, unit_id: str, now: float) -> float:
         """Note that a replica is through with a unit; returns how long it took."""
         given_at = view.work.pop(unit_id, None)
         if given_at is None:
@@ -400,11 +306,10 @@ class Dispatcher(Generic[UnitT]):
         else:
             self.meter.set_busy(False, view.kind.price_per_hour)
             self._idle[view.number] = now
-        self._no_room(view)
-        self._room(view)
+        self._room.update(view)
         return now - (given_at if view.kind.parallel > 1 else began)
 
-    def _unit_done(self, view: _View, unit_id: str, now: float) -> None:
+    def _unit_done(self, view: ReplicaView, unit_id: str, now: float) -> None:
         view.seen_at = now
         seconds = self._take_back(view, unit_id, now)
         flight = self._flights.pop(unit_id, None)
@@ -414,7 +319,7 @@ class Dispatcher(Generic[UnitT]):
         self.meter.done(flight.unit.num_tokens, seconds / view.kind.parallel, now)
 
     def _unit_failed(
-        self, flight: _Flight[UnitT], view: _View, kind: FailureKind, error: BaseException, to_blame: bool
+        self, flight: Flight[UnitT], view: ReplicaView, kind: FailureKind, error: BaseException, to_blame: bool
     ) -> None:
         """Queue a unit again or set it aside, unless another replica still works on it."""
         unit = flight.unit
@@ -444,23 +349,3 @@ class Dispatcher(Generic[UnitT]):
     def _forget(self, unit_id: str) -> None:
         self._single.pop(unit_id, None)
         self._waiting.pop(unit_id, None)
-
-    # Room for units.
-
-    def _key(self, view: _View) -> tuple[int, float]:
-        return self.kinds.index(view.kind), len(view.work) / view.kind.capacity
-
-    def _room(self, view: _View) -> None:
-        if view.state is ReplicaState.READY and len(view.work) < view.kind.capacity:
-            self._free.setdefault(self._key(view), OrderedDict())[view.number] = None
-
-    def _no_room(self, view: _View) -> None:
-        for key in self._keys(view):
-            bucket = self._free.get(key)
-            if bucket is not None and bucket.pop(view.number, self) is None and not bucket:
-                del self._free[key]
-
-    def _keys(self, view: _View) -> Iterable[tuple[int, float]]:
-        """The buckets that may hold a replica: that of its work now, and of one unit more (just taken back)."""
-        kind, count = self.kinds.index(view.kind), len(view.work)
-        return [(kind, n / view.kind.capacity) for n in (count, count + 1)]

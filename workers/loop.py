@@ -7,7 +7,8 @@ from queue import Empty, SimpleQueue
 from typing import Any, Generic
 
 from storage.errors import InputError
-from workers.dispatch import Beat, Command, Dispatcher, Give, Kill, Retry, SetAside, Start
+from workers.commands import Beat, Command, Give, Kill, Retry, SetAside, Start
+from workers.dispatch import Dispatcher
 from workers.meter import FleetStatus
 from workers.policy import FailureKind, FleetPolicy, ReplicaKind
 from workers.replica import Done, News, Placed, Post, Ready, Replica, UnitT

@@ -9,7 +9,8 @@ from typing import Any
 from cluster.progress import Shown, Task
 from cluster.rundir import RunDir
 from cluster.stages.capture import _Follower, describe_fleet
-from workers.dispatch import Dispatcher, Start
+from workers.commands import Start
+from workers.dispatch import Dispatcher
 from workers.policy import FleetPolicy, ReplicaKind
 from workers.replica import Placed, Ready
 

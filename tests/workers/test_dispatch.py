@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.errors import IntegrityError, StorageError, WorkerError
-from workers.dispatch import Beat, Dispatcher, Give, Kill, Retry, SetAside, Start
+from workers.commands import Beat, Give, Kill, Retry, SetAside, Start
+from workers.dispatch import Dispatcher
 from workers.policy import FailureKind, FleetPolicy, ReplicaKind
 from workers.replica import Done, Failed, Lost, Placed, Ready, Seen
 
