@@ -47,11 +47,19 @@ def api_plan(config: RunConfig, missing_samples: int, missing_tokens: int) -> di
 def awaits_completions(config: RunConfig) -> bool:
     """Tell whether a source of the run is what `generate` will write and has not yet: only its cost can be told."""
     own = config.generate
-    if not own.prompts or own.url is None or config.teacher.kind != "api":
+    if not own.prompts or own.url is None or config.teacher.kind == "mixed":
         return False
     paths = [path for s in config.data.sources for path in ([s.path] if isinstance(s.path, str) else s.path)]
     waits = any(path.startswith(f"{own.url.rstrip('/')}/") for path in paths)
     return waits and not any(key.startswith("kept-") for key in Store(own.url).list())
+
+
+def local_generation(config: RunConfig) -> dict[str, Any]:
+    """Return what a teacher that is run here would write: `{prompts, completions, most_tokens}`."""
+    own = config.generate
+    prompts = sum(1 for _ in read_prompts(own))
+    completions = prompts * own.samples
+    return {"prompts": prompts, "completions": completions, "most_tokens": completions * own.max_tokens}
 
 
 def _generation(config: RunConfig, prices: Prices) -> dict[str, Any]:

@@ -29,10 +29,14 @@ def plan(
 ) -> dict[str, Any]:
     """Show what a run would do and cost, and keep it for the run's report."""
     config = load_config(path, overrides)
-    from cluster.api_plan import api_plan, awaits_completions
+    from cluster.api_plan import api_plan, awaits_completions, local_generation
     from cluster.plan import Rates, keep_plan, make_plan
-    from cluster.tables import show_api_plan, show_plan
+    from cluster.tables import show_api_plan, show_local_generation, show_plan
 
+    if awaits_completions(config) and config.teacher.kind == "local":
+        writing = local_generation(config)
+        show_local_generation(out, writing)
+        return {"generate": writing}
     if awaits_completions(config):
         spending = api_plan(config, 0, 0)
         show_api_plan(out, spending)

@@ -90,6 +90,18 @@ def show_api_plan(out: Terminal, api: dict[str, Any]) -> None:
     out.say("  ? samples, capture and training: they wait for the completions that `lectern generate` writes")
 
 
+def show_local_generation(out: Terminal, found: dict[str, Any]) -> None:
+    """Print what a teacher that is run here would write; see `api_plan.local_generation`."""
+    facts = _facts()
+    facts.add_row(
+        "generate",
+        f"{found['completions']:,} completions for {found['prompts']:,} prompts, at most "
+        f"{count(found['most_tokens'])} tokens; what is on disk is not written again",
+    )
+    out.show(facts)
+    out.say("  ? samples, capture and training: they wait for the completions that `lectern generate` writes")
+
+
 def _add_spending(facts: Any, api: dict[str, Any]) -> None:
     for name, part in api["parts"].items():
         facts.add_row(name, _requests(part, api))

@@ -100,6 +100,17 @@ def test_what_is_wrong_is_told_before_anything_starts(ready: World, change: str,
     assert text in ended.stderr.replace("\n", " ")
 
 
+def test_a_plan_tells_what_would_be_written(ready: World) -> None:
+    ready.values["data"]["sources"] = [{"name": "general", "path": str(ready.folder / "made" / "kept-*.parquet")}]
+    ended = CliRunner().invoke(app, ["plan", ready.config_path, "--run-dir", str(ready.run_dir), "--json"])
+    assert ended.exit_code == 0, ended.output
+    assert json.loads(ended.stdout.splitlines()[-1])["generate"] == {
+        "prompts": 12, "completions": 24, "most_tokens": 192,
+    }  # fmt: skip
+    shown = CliRunner().invoke(app, ["plan", ready.config_path, "--run-dir", str(ready.run_dir)]).stdout
+    assert "24 completions for 12 prompts" in shown and "they wait for the completions" in shown
+
+
 def test_a_prompt_of_several_messages_needs_a_chat_template(ready: World) -> None:
     path = ready.teacher / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": None}))
