@@ -64,7 +64,9 @@ def clean_document(document: Document, clean: Callable[[str], str]) -> Document:
 def document_digest(document: Document) -> bytes:
     """Return 16 bytes of BLAKE2b over the cleaned content, not over where it came from."""
     digest = blake2b(digest_size=DIGEST_BYTES, person=b"lectern.document")
-    if document.text is not None:
+    if document.tokens is not None:
+        digest.update(b"k" + json.dumps([document.tokens, document.supervised]).encode("ascii"))
+    elif document.text is not None:
         digest.update(b"t" + document.text.encode("utf-8"))
     else:
         content = [document.messages, document.prompt, document.completion]

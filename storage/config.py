@@ -44,6 +44,9 @@ class SourceConfig(Settings):
     """Field of an unsupervised prompt; used together with `completion_field`."""
     completion_field: str = "completion"
     """Field of the supervised completion."""
+    tokens_field: str | None = added(None)
+    """Field that holds token ids, taken as they are, with `supervised`, true for those to be learnt, beside it; e.g.
+    `tokens` of what `lectern generate` keeps with `generate.logprobs`. Used where set and present."""
     clean: CleaningConfig = CleaningConfig()
     """Normalisation steps for this source."""
     max_documents: int | None = Field(default=None, ge=1)

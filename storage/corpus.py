@@ -26,6 +26,8 @@ LINE_BYTES = 64 << 20
 """Longest line of a JSONL file."""
 READ_BYTES = 1 << 20
 """Bytes of a JSONL file read at a time."""
+SUPERVISED_FIELD = "supervised"
+"""Beside a source's `tokens_field`: which of the tokens are to be learnt."""
 PARQUET_ROWS = 256
 """Rows of a Parquet file held in memory at a time."""
 
@@ -35,7 +37,7 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Document:
-    """One document: plain `text`, chat `messages`, or a `prompt` with its `completion`; the others are None."""
+    """One document: `text`, chat `messages`, a `prompt` with its `completion`, or `tokens`; the others are None."""
 
     where: str
     """File and line or row, for messages."""
@@ -43,13 +45,16 @@ class Document:
     messages: tuple[Message, ...] | None = None
     prompt: str | None = None
     completion: str | None = None
+    tokens: tuple[int, ...] | None = None
+    supervised: tuple[bool, ...] = ()
+    """Of `tokens`: which are to be learnt."""
 
 
 def num_chars(document: Document) -> int:
     """Return how much text a document holds, in characters."""
     strings = [document.text, document.prompt, document.completion]
     strings += [value for message in document.messages or () for value in message.values() if isinstance(value, str)]
-    return sum(len(text) for text in strings if text is not None)
+    return sum(len(text) for text in strings if text is not None) + len(document.tokens or ())
 
 
 class BadRowError(Exception):
@@ -147,13 +152,16 @@ def _parquet_rows(file: InputFile, source: SourceConfig) -> Iterator[RowSource]:
 
 
 def _fields(source: SourceConfig) -> list[str]:
-    return [source.messages_field, source.prompt_field, source.completion_field, source.text_field]
+    fields = [source.messages_field, source.prompt_field, source.completion_field, source.text_field]
+    return fields if source.tokens_field is None else [*fields, source.tokens_field, SUPERVISED_FIELD]
 
 
 def _document(where: str, row: Any, source: SourceConfig) -> Document:
-    """Return a row's document: its messages, else prompt and completion, else text."""
+    """Return a row's document: its tokens, else messages, else prompt and completion, else text."""
     if not isinstance(row, dict):
         raise BadRowError(f"expected a JSON object, found {type(row).__name__}")
+    if source.tokens_field is not None and row.get(source.tokens_field) is not None:
+        return _tokens(where, row[source.tokens_field], row.get(SUPERVISED_FIELD), source.tokens_field)
     if row.get(source.messages_field) is not None:
         return Document(where, messages=_messages(row[source.messages_field], source.messages_field))
     if row.get(source.completion_field) is not None and row.get(source.prompt_field) is not None:
@@ -165,6 +173,16 @@ def _document(where: str, row: Any, source: SourceConfig) -> Document:
         f"no field {source.text_field!r}, {source.messages_field!r}, or {source.prompt_field!r} with "
         f"{source.completion_field!r}; it has {sorted(row)[:12]}"
     )
+
+
+def _tokens(where: str, tokens: Any, supervised: Any, name: str) -> Document:
+    if not isinstance(tokens, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in tokens):
+        raise BadRowError(f"{name!r} must be a list of token ids, found {_kind(tokens)}")
+    if not isinstance(supervised, list) or not all(isinstance(flag, bool) for flag in supervised):
+        raise BadRowError(f"{SUPERVISED_FIELD!r} must be a list of true and false beside {name!r}")
+    if len(tokens) != len(supervised):
+        raise BadRowError(f"{name!r} holds {len(tokens)} ids, {SUPERVISED_FIELD!r} {len(supervised)} values")
+    return Document(where, tokens=tuple(tokens), supervised=tuple(supervised))
 
 
 def _messages(value: Any, name: str) -> tuple[Message, ...]:

@@ -22,7 +22,8 @@ def encode_documents(
 
     * text: all tokens supervised, between the tokenizer's own start token and its end-of-text token, if any;
     * prompt and completion: the same, but only the completion and the end-of-text token are supervised;
-    * messages: what the chat template renders, supervised where the assistant speaks.
+    * messages: what the chat template renders, supervised where the assistant speaks;
+    * tokens: as they are.
 
     Raises:
         InputError: messages without a chat template, or a template under which the assistant's text cannot be told.
@@ -31,7 +32,9 @@ def encode_documents(
     encoded_texts = iter(tokenizer.encode_batch(texts))
     for document in documents:
         try:
-            if document.text is not None:
+            if document.tokens is not None:
+                encoded = _given_tokens(document, tokenizer)
+            elif document.text is not None:
                 tokens = next(encoded_texts)
                 encoded = _enclosed(tokens, np.ones(len(tokens), dtype=np.bool_), tokenizer)
             elif document.messages is not None:
@@ -84,6 +87,13 @@ def spans_mask(token_spans: Int32Array, spans: Iterable[Span]) -> BoolArray:
     for start, end in spans:
         mask |= (token_spans[:, 0] < end) & (token_spans[:, 1] > start)
     return mask
+
+
+def _given_tokens(document: Document, tokenizer: Tokenizer) -> EncodedDocument:
+    tokens = np.array(document.tokens, dtype=np.int64)
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
+        raise BadRowError(f"token ids from {tokens.min()} to {tokens.max()}; the tokenizer has {tokenizer.vocab_size}")
+    return EncodedDocument(tokens.astype(np.int32), np.array(document.supervised, dtype=np.bool_))
 
 
 def _render(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> str:

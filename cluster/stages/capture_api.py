@@ -34,11 +34,14 @@ def score_api(work: Workspace, rows: Int64Array, task: Shown, on_event: OnEvent)
 
         return _result(keep_text(config.teacher, config.cache, work.samples, rows, work.identity))
     found = probed(work, task)
+    if found.scoring is None and found.top_logprobs and config.generate.logprobs is not None:
+        return _result(_score_generated(work, rows, task, on_event))
     if found.scoring is None:
         raise InputError(
             f"{found.base_url}, model {found.model} scores no prompts ({'; '.join(found.steps_down)}), so it cannot "
             "say what it thinks of given text. Have it write text instead: `lectern generate`, then a source with the "
-            "kept completions and cache.kind: text"
+            "kept completions and cache.kind: text, or, where it gives log-probabilities of its own tokens, with "
+            "generate.logprobs set, tokens_field: tokens in the source, and cache.kind: topk"
         )
     session = work.ray(task)
     if config.teacher.kind == "mixed":
@@ -77,6 +80,24 @@ def score_api(work: Workspace, rows: Int64Array, task: Shown, on_event: OnEvent)
         on_event,
     )
     return _result(result)
+
+
+def _score_generated(work: Workspace, rows: Int64Array, task: Shown, on_event: OnEvent) -> Any:
+    from workers.api.answers import AnswerStore
+    from workers.api.capture import capture_generated
+    from workers.api.generated import GeneratedText, TokenNames
+
+    config = work.config
+    if config.generate.url is None:
+        raise InputError("generate.url is not set; name where `lectern generate` put the completions")
+    answers, names = AnswerStore(Store(config.cache.url)), TokenNames(work.tokenizer)
+    text = GeneratedText(Store(config.generate.url), answers, names, config.cache.top_k)
+    if not len(text):
+        raise InputError(
+            f"{config.generate.url} holds no completion with its tokens; run `lectern generate` with generate.logprobs"
+        )
+    task.say(f"  targets come from the log-probabilities of {len(text):,} completions")
+    return capture_generated(config.teacher, config.cache, work.samples, rows, work.identity, text, on_event)
 
 
 def probed(work: Workspace, task: Shown) -> Capabilities:

@@ -10,6 +10,7 @@ from cluster.rundir import RunDir
 from cluster.stages.ledger import budget_of, ledger_store
 from storage.errors import InputError, WorkerError
 from storage.object_store import Store
+from storage.tokenizer import Tokenizer
 from workers.api.answers import AnswerStore
 from workers.api.batch import BatchAsker
 from workers.api.batch_calls import BatchCalls
@@ -22,6 +23,7 @@ from workers.api.prices import Prices
 from workers.api.prompts import read_prompts
 from workers.ledger.client import LedgerClient
 from workers.ledger.ledger import Ledger, describe
+from workers.model_folder import resolve_model
 
 NOTE_EVERY_S = 0.5
 
@@ -46,6 +48,7 @@ def generate(config: RunConfig, run: RunDir, progress: Progress) -> dict[str, An
     check_api(config)
     if own.url is None:
         raise InputError("generate.url is not set; name the folder or URL that the completions go to")
+    tokenizer = _tokenizer(config) if own.logprobs is not None else None
     read_key(api)
     make_checker(own.filters.checker)
     count, author = token_counter(config), Author.of_api(api)
@@ -75,7 +78,7 @@ def generate(config: RunConfig, run: RunDir, progress: Progress) -> dict[str, An
 
         asked, retried = run_asking(work)
         noted.on_progress(asked, last=True)
-    summary = write_completions(out, read_prompts(own), own, author, answers, count)
+    summary = write_completions(out, read_prompts(own), own, author, answers, count, tokenizer)
     cost = describe(ledger.standing())
     facts = {**summary, "answered": asked.answered, "reused": asked.reused, "retried": retried, "cost": cost}
     run.event("stage_finished", stage="generate", seconds=round(time.monotonic() - began, 3), skipped=False, **facts)
@@ -89,6 +92,17 @@ def generate(config: RunConfig, run: RunDir, progress: Progress) -> dict[str, An
             "are written, and the same command asks only these again"
         )
     return {**facts, "url": out.shown()}
+
+
+def _tokenizer(config: RunConfig) -> Tokenizer:
+    """Return the teacher's tokenizer, whose ids the endpoint's tokens are."""
+    if config.teacher.name == "embedded":
+        raise InputError(
+            "generate.logprobs needs the teacher's tokenizer; name the folder or hub name of the model behind the "
+            "endpoint in teacher.name"
+        )
+    folder = resolve_model(config.teacher.name, config.teacher.revision, weights=False)
+    return Tokenizer.load(folder, config.data.chat_template)
 
 
 class _Noted:

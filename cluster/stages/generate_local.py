@@ -36,6 +36,8 @@ def generate_local(config: RunConfig, run: RunDir, progress: Progress) -> dict[s
     own = config.generate
     if own.url is None:
         raise InputError("generate.url is not set; name the folder or URL that the completions go to")
+    if own.logprobs is not None:
+        raise InputError("generate.logprobs asks an endpoint; what is written here, `lectern capture` scores here")
     make_checker(own.filters.checker)
     out, kept = Store(own.url), Store(config.cache.url)
     out.probe()

@@ -256,3 +256,34 @@ def test_files_are_streamed(tmp_path: Path, name: str) -> None:
     tracemalloc.stop()
     assert size > 19_000_000
     assert peak < 2_000_000
+
+
+def test_tokens_are_taken_as_they_are(tmp_path: Path) -> None:
+    rows = [
+        {"tokens": [1, 2, 3], "supervised": [False, False, True], "text": "not this"},
+        {"tokens": None, "supervised": None, "text": "but this"},
+        {"tokens": [1, 2], "supervised": [True], "text": "x"},
+        {"tokens": [1, "2"], "supervised": [True, True], "text": "x"},
+        {"tokens": [1, 2], "supervised": None, "text": "x"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counters: Counter[str] = Counter()
+    found = list(read_documents(SourceConfig(name="s", path=str(path), tokens_field="tokens"), "skip", counters))
+    assert [(d.tokens, d.supervised, d.text) for d in found] == [
+        ((1, 2, 3), (False, False, True), None),
+        (None, (), "but this"),
+    ]
+    assert counters["bad_rows"] == 3
+    plain = list(read_documents(SourceConfig(name="s", path=str(path)), "fail", counters))
+    assert [document.tokens for document in plain] == [None] * 5
+    with pytest.raises(InputError, match=r"rows\.jsonl:3: 'tokens' holds 2 ids, 'supervised' 1 values"):
+        list(read_documents(SourceConfig(name="s", path=str(path), tokens_field="tokens"), "fail", counters))
+    table = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"tokens": [[5, 6]], "supervised": [[False, True]]}), table)
+    (document,) = read_documents(SourceConfig(name="s", path=str(table), tokens_field="tokens"), "fail", counters)
+    assert (document.tokens, document.supervised) == ((5, 6), (False, True))
+
+
+def test_a_setting_that_is_not_used_changes_no_key(tmp_path: Path) -> None:
+    assert "tokens_field" not in SourceConfig(name="s", path="x").model_dump(mode="json")

@@ -162,3 +162,12 @@ def test_special_tokens_keep_their_ids(bytewise: Tokenizer) -> None:
     encoded = encode(bytewise, messages=chat("user:a", "assistant:b"))
     assert encoded.tokens.tolist()[0] == SPECIAL.index("<|user|>")
     assert encoded.tokens.tolist()[-1] == bytewise.eos_id
+
+
+def test_given_tokens_stay_as_they_are(bytewise: Tokenizer) -> None:
+    encoded = encode(bytewise, tokens=(5, 6, 7), supervised=(False, True, True))
+    assert (encoded.tokens.tolist(), encoded.supervised.tolist()) == ([5, 6, 7], [False, True, True])
+    for tokens in ((5, bytewise.vocab_size), (-1, 5)):
+        document = Document("here", tokens=tokens, supervised=(False, True))
+        ((_, problem),) = encode_documents([document], bytewise)
+        assert "the tokenizer has" in str(problem)

@@ -13,7 +13,8 @@ from storage.identity import DatasetIdentity
 from storage.sample_set import SampleSet
 from storage.samples import Int64Array
 from workers.api.actor import ApiJob, ApiReceipt, ApiScorer, LedgerOwner
-from workers.api.scoring import ScoringMethod, text_targets
+from workers.api.generated import NOT_FOUND, GeneratedText
+from workers.api.scoring import ScoringMethod, targets_of, text_targets
 from workers.config import TeacherConfig
 from workers.fleet import classify, fleet_policy, root_cause
 from workers.ledger.ledger import Budget, Standing
@@ -21,7 +22,7 @@ from workers.loop import FleetLoop, OnEvent, brief
 from workers.policy import FailureKind, ReplicaKind
 from workers.replica import Done, Failed, Lost, Placed, Post, Ready, Seen
 from workers.result import CaptureResult
-from workers.units import WorkUnit
+from workers.units import WorkUnit, unit_of
 from workers.work import plan_work
 
 UNITS_AT_ONCE = 4
@@ -170,6 +171,39 @@ def api_kind(teacher: TeacherConfig) -> ReplicaKind:
         cost_per_token=teacher.api.prices.input / 1e6 if teacher.api.prices is not None else 0.0,
         duplicates=False,
     )
+
+
+def capture_generated(
+    teacher: TeacherConfig,
+    cache: CacheConfig,
+    samples: SampleSet,
+    rows: Sequence[int] | Int64Array,
+    identity: DatasetIdentity,
+    text: GeneratedText,
+    on_event: OnEvent,
+) -> ApiCaptureResult:
+    """Commit the samples at `rows` that the teacher wrote itself, with what it thought of them; asks nobody anything.
+
+    Samples of other text are refused. Raises WorkerError when these are too many.
+    """
+    with plan_work(teacher, cache, samples, rows, identity, on_event) as work:
+        result = ApiCaptureResult(reused_samples=work.reused, refused=dict(work.refused.reasons))
+        for unit in work.units:
+            batch = samples.read(unit.rows)
+            found = [text.score(batch.sample(n)) for n in range(len(batch))]
+            done = [n for n, scored in enumerate(found) if scored is not None]
+            if done:
+                whole = unit_of(
+                    [unit.rows[n] for n in done], samples.num_tokens, samples.sample_ids, identity.fingerprint
+                )
+                part = batch.take(done)
+                targets = targets_of(part, [scored for scored in found if scored is not None])
+                work.writer.commit(whole.unit_id, part, targets, "a1")
+                result.scored_samples += len(part)
+                result.tokens += part.num_tokens
+            work.refused.add({batch.ids()[n]: NOT_FOUND for n, scored in enumerate(found) if scored is None})
+        result.refused = dict(work.refused.reasons)
+        return result
 
 
 def keep_text(

@@ -9,11 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.object_store import Store
+from storage.tokenizer import Tokenizer
 from workers.api.answers import AnswerStore, request_key
 from workers.api.config import GenerateConfig
 from workers.api.filters import Completion, Filters, split_reasoning
+from workers.api.generated import GeneratedTokens, TokenNames
 from workers.api.generation import Author, chat_request
-from workers.api.prompts import Prompt
+from workers.api.prompts import Prompt, prompt_ids
 from workers.api.reply import CountTokens, Reply
 
 SUMMARY_KEY = "generate.json"
@@ -40,6 +42,8 @@ SCHEMA = pa.schema(
         pa.field("filtered_by", pa.string()),
     ]
 )
+TOKEN_FIELDS = [pa.field("tokens", pa.list_(pa.int32())), pa.field("supervised", pa.list_(pa.bool_()))]
+"""With `generate.logprobs`: prompt and completion as the teacher's own tokens, null where one has no exact name."""
 
 
 def write_completions(
@@ -49,13 +53,17 @@ def write_completions(
     author: Author,
     answers: AnswerStore,
     count: CountTokens | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> dict[str, Any]:
     """Write `kept-NNNNN.parquet`, `filtered-NNNNN.parquet` and `generate.json` from the answers on disk.
 
-    Returns the summary: `{kept, filtered: {filter: n}, set_aside: {reason: n}, missing}`.
+    `tokenizer`, the teacher's, is needed with `generate.logprobs`. Returns the summary: `{kept, filtered: {filter: n},
+    set_aside: {reason: n}, missing}`.
     """
     filters = Filters(config.filters)
-    kept, dropped = _Parts(store, "kept"), _Parts(store, "filtered")
+    names = TokenNames(tokenizer) if config.logprobs is not None and tokenizer is not None else None
+    schema = SCHEMA if names is None else pa.schema([*SCHEMA, *TOKEN_FIELDS])
+    kept, dropped = _Parts(store, "kept", schema), _Parts(store, "filtered", schema)
     reasons: Counter[str] = Counter()
     aside: Counter[str] = Counter()
     missing = 0
@@ -71,6 +79,10 @@ def write_completions(
                 aside[str(answer.set_aside)] += 1
             else:
                 row, reason = _row(key, prompt, index, answer.reply, config, author, filters)
+                if names is not None and tokenizer is not None:
+                    row |= _tokens(prompt, answer.reply, names, tokenizer)
+                    if row["tokens"] is None and reason is None:
+                        row["filtered_by"] = reason = "tokens"
                 (kept if reason is None else dropped).add(row)
                 reasons.update([reason] if reason is not None else [])
     kept.close()
@@ -110,11 +122,20 @@ def _row(
     return row, reason
 
 
+def _tokens(prompt: Prompt, reply: Reply, names: TokenNames, tokenizer: Tokenizer) -> dict[str, Any]:
+    generated = GeneratedTokens.of(reply, names)
+    if generated is None:
+        return {"tokens": None, "supervised": None}
+    before = prompt_ids(prompt, tokenizer).tolist()
+    supervised = [False] * len(before) + [True] * len(generated.ids)
+    return {"tokens": [*before, *generated.ids], "supervised": supervised}
+
+
 class _Parts:
     """Parquet files of a bounded number of rows, each written whole; older ones beyond the last are removed."""
 
-    def __init__(self, store: Store, name: str) -> None:
-        self._store, self._name = store, name
+    def __init__(self, store: Store, name: str, schema: pa.Schema) -> None:
+        self._store, self._name, self._schema = store, name, schema
         self._pending: list[dict[str, Any]] = []
         self._written: list[str] = []
         self.rows = 0
@@ -135,7 +156,7 @@ class _Parts:
     def _flush(self) -> None:
         key = f"{self._name}-{len(self._written):05d}.parquet"
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(self._pending, SCHEMA), sink, compression="zstd")
+        pq.write_table(pa.Table.from_pylist(self._pending, self._schema), sink, compression="zstd")
         self._store.write(key, sink.getvalue().to_pybytes())
         self._written.append(key)
         self._pending = []

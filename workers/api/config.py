@@ -157,6 +157,9 @@ class GenerateConfig(Settings):
     """Nucleus of the sampling."""
     stop: list[str] = Field(default_factory=list, max_length=4)
     """Texts that end a completion and are not part of it; at most four, as endpoints take no more."""
+    logprobs: int | None = Field(default=None, ge=1, le=20)
+    """Ask an endpoint for so many best tokens at each step of its own text, with their log-probabilities: `lectern
+    capture` makes targets of them where it scores no prompts. Sources of such rows set `tokens_field: tokens`."""
     batch_tokens: int = Field(default=65_536, ge=1)
     """Tokens of prompts and completions, `max_tokens` each, that a local replica writes side by side; halved when
     memory runs out."""

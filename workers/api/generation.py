@@ -68,7 +68,10 @@ def chat_request(prompt: Prompt, config: GenerateConfig, model: str, count: Coun
     }
     if config.stop:
         body["stop"] = list(config.stop)
-    return Request("/chat/completions", body, bounds.most, config.max_tokens, bounds.least)
+    if config.logprobs is not None:
+        body |= {"logprobs": True, "top_logprobs": config.logprobs}
+    wants = config.logprobs is not None
+    return Request("/chat/completions", body, bounds.most, config.max_tokens, bounds.least, wants_logprobs=wants)
 
 
 def endpoint_name(api: ApiConfig) -> str:

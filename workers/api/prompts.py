@@ -6,12 +6,15 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.config import SourceConfig
 from storage.errors import InputError
 from storage.inputs import InputFile, open_input, reading, resolve_inputs
+from storage.samples import Int32Array
+from storage.tokenizer import Tokenizer
 from workers.api.config import GenerateConfig
 
 _PARQUET_ROWS = 256
@@ -43,6 +46,25 @@ def read_prompts(config: GenerateConfig) -> Iterator[Prompt]:
     rows = (row for file in resolve_inputs(source) for row in _rows(file))
     prompts = (_prompt(where, row, config) for where, row in rows)
     return islice(prompts, config.max_prompts)
+
+
+def prompt_ids(prompt: Prompt, tokenizer: Tokenizer) -> Int32Array:
+    """Return the tokens that a prompt is for a model: under the chat template, or as plain text where there is none.
+
+    Raises:
+        InputError: there is no template, and the prompt is more than one text.
+    """
+    if tokenizer.chat_template is not None:
+        return tokenizer.encode_batch([tokenizer.render_chat(prompt.messages, add_generation_prompt=True)])[0]
+    if [message["role"] for message in prompt.messages] != ["user"]:
+        raise InputError(
+            f"the tokenizer in {tokenizer.folder} has no chat template, so a prompt of several messages "
+            f"({', '.join(str(message['role']) for message in prompt.messages)}) cannot be put to it; set "
+            "data.chat_template, or give prompts as plain text, without generate.system"
+        )
+    text, bos = str(prompt.messages[0]["content"]), tokenizer.bos_id
+    ids = tokenizer.encode_batch([text])[0]
+    return ids if bos is None else np.concatenate([np.array([bos], dtype=np.int32), ids])
 
 
 def _rows(file: InputFile) -> Iterator[tuple[str, Any]]:

@@ -6,37 +6,16 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from storage.errors import InputError, LecternError, WorkerError
+from storage.errors import LecternError, WorkerError
 from storage.samples import Int32Array
 from storage.tokenizer import Tokenizer
 from workers.api.answers import AnswerStore, request_key
 from workers.api.config import GenerateConfig
 from workers.api.generation import Author, chat_request
-from workers.api.prompts import Prompt
+from workers.api.prompts import Prompt, prompt_ids
 from workers.config import TeacherConfig
 from workers.local.writing_rank import WritingJob, WritingRank, WritingReceipt, WritingUnit
 from workers.loop import FleetLoop, OnEvent, brief
-
-
-def prompt_ids(prompt: Prompt, tokenizer: Tokenizer) -> Int32Array:
-    """Return the tokens that a prompt is for a model: under the chat template, or as plain text where there is none.
-
-    Raises:
-        InputError: there is no template, and the prompt is more than one text.
-    """
-    if tokenizer.chat_template is not None:
-        return tokenizer.encode_batch([tokenizer.render_chat(prompt.messages, add_generation_prompt=True)])[0]
-    if [message["role"] for message in prompt.messages] != ["user"]:
-        raise InputError(
-            f"the tokenizer in {tokenizer.folder} has no chat template, so a prompt of several messages "
-            f"({', '.join(str(message['role']) for message in prompt.messages)}) cannot be put to it; set "
-            "data.chat_template, or give prompts as plain text, without generate.system"
-        )
-    text, bos = str(prompt.messages[0]["content"]), tokenizer.bos_id
-    ids = tokenizer.encode_batch([text])[0]
-    return ids if bos is None else np.concatenate([np.array([bos], dtype=np.int32), ids])
 
 
 class WritingPlan(Sequence[WritingUnit]):
