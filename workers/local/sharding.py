@@ -177,9 +177,10 @@ def _offload(config: OffloadConfig) -> dict[str, Any]:
     """Return DeepSpeed's settings of an offload; InputError where it cannot read files asynchronously."""
     from deepspeed.accelerator import get_accelerator
 
+    on_cpu = get_accelerator().device_name() == "cpu"
     if config.to == "cpu":
-        return {"device": "cpu", "pin_memory": get_accelerator().device_name() != "cpu"}
-    builder = get_accelerator().create_op_builder("AsyncIOBuilder")
+        return {"device": "cpu", "pin_memory": not on_cpu}
+    builder = None if on_cpu else get_accelerator().create_op_builder("AsyncIOBuilder")
     if builder is None or not builder.is_compatible():
         raise InputError(
             "teacher.offload.to nvme needs an accelerator and DeepSpeed's async_io, which does not build on this node "
