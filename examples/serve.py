@@ -60,6 +60,13 @@ async def in_openais_words(_: Request, error: HTTPException) -> JSONResponse:
     return JSONResponse(body, error.status_code)
 
 
+def completion(name: str, request: CompletionRequest, text: str, reason: str | None) -> dict[str, Any]:
+    """Return an answer, or a piece of one, in OpenAI's form. Above its user: Ray Serve takes the app as it is there."""
+    choice = {"index": 0, "text": text, "finish_reason": reason, "logprobs": None}
+    created = int(time.time())
+    return {"id": name, "object": "text_completion", "created": created, "model": request.model, "choices": [choice]}
+
+
 @serve.deployment(ray_actor_options={"num_cpus": 1})
 @serve.ingress(app)
 class Student:
@@ -98,12 +105,12 @@ class Student:
         pieces = [piece async for piece in self._generate(prompt, request)]
         written, reason = pieces.pop()
         usage = {"prompt_tokens": len(prompt), "completion_tokens": written, "total_tokens": len(prompt) + written}
-        return {**_choice(name, request, "".join(text for text, _ in pieces), reason), "usage": usage}
+        return {**completion(name, request, "".join(text for text, _ in pieces), reason), "usage": usage}
 
     async def _events(self, name: str, prompt: list[int], request: CompletionRequest) -> AsyncIterator[str]:
         async for text, reason in self._generate(prompt, request):
             shown = text if isinstance(text, str) else ""
-            yield f"data: {json.dumps(_choice(name, request, shown, reason))}\n\n"
+            yield f"data: {json.dumps(completion(name, request, shown, reason))}\n\n"
         yield "data: [DONE]\n\n"
 
     async def _generate(self, prompt: list[int], request: CompletionRequest) -> AsyncIterator[tuple[Any, str | None]]:
@@ -173,12 +180,6 @@ class Student:
             )
         number = written.shape[1] - len(prompt)
         return number, "length" if number == request.max_tokens else "stop"
-
-
-def _choice(name: str, request: CompletionRequest, text: str, reason: str | None) -> dict[str, Any]:
-    choice = {"index": 0, "text": text, "finish_reason": reason, "logprobs": None}
-    created = int(time.time())
-    return {"id": name, "object": "text_completion", "created": created, "model": request.model, "choices": [choice]}
 
 
 def main() -> None:
