@@ -1,5 +1,6 @@
 """A run submitted to a real Ray cluster of three nodes that wants a token: followed, left, stopped, resubmitted."""
 
+import contextlib
 import os
 import secrets
 import signal
@@ -30,10 +31,14 @@ HOST = """
 import json, sys, time
 from ray.cluster_utils import Cluster
 cluster = Cluster()
-head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": int(sys.argv[1])}
-cluster.add_node(**head)
+# Jobs go through the head's agent, whose usual port another Ray on this machine may have.
+ports = [int(port) for port in sys.argv[1:]]
+cluster.add_node(num_cpus=0, include_dashboard=True, dashboard_port=ports[0], dashboard_agent_listen_port=ports[1])
 # Addresses of their own, as on real machines: a driver joins the node of its own address, the head.
-added = [cluster.add_node(num_cpus=2, labels={"role": "worker"}, node_ip_address=f"127.0.0.{n}") for n in (2, 3)]
+own = {"num_cpus": 2, "labels": {"role": "worker"}}
+added = [
+    cluster.add_node(**own, node_ip_address=f"127.0.0.{n}", dashboard_agent_listen_port=ports[n]) for n in (2, 3)
+]
 workers = {node.node_id: node for node in added}
 import ray
 from ray._raylet import GcsClient
@@ -95,6 +100,15 @@ class Site:
         return client.returncode, text
 
 
+def free_ports(number: int) -> list[int]:
+    """Return ports that are free now, each another."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
     """Start head and workers in a process of their own, with a token of their own."""
@@ -114,9 +128,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     (folder / ".env").write_text("KEY=the-value-in-dot-env\n")
     (folder / ".rayignore").write_text("out/\n")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    ports = free_ports(4)
     token = secrets.token_hex(32)
     environment = {
         **os.environ,
@@ -130,7 +142,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
     }
     with (tmp_path / "cluster.log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-c", HOST, str(port)],
+            [sys.executable, "-c", HOST, *map(str, ports)],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
