@@ -67,6 +67,30 @@ def completion(name: str, request: CompletionRequest, text: str, reason: str | N
     return {"id": name, "object": "text_completion", "created": created, "model": request.model, "choices": [choice]}
 
 
+class TextPieces:
+    """Turns tokens into text one by one, never half a character: bytes of one may be spread over several tokens."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._tokens: list[int] = []
+        self._shown = 0
+        """Tokens whose text has been given; one piece of context before them is kept, as spaces depend on it."""
+
+    def add(self, token: int) -> str:
+        """Return what a further token adds; nothing while a character is not whole."""
+        self._tokens.append(token)
+        text = self.rest()
+        if text.endswith("\ufffd"):
+            return ""
+        self._tokens = self._tokens[self._shown :]
+        self._shown = len(self._tokens)
+        return text
+
+    def rest(self) -> str:
+        """Return the text of the tokens that have not been given."""
+        return self._decode(self._tokens)[len(self._decode(self._tokens[: self._shown])) :]
+
+
 @serve.deployment(ray_actor_options={"num_cpus": 1})
 @serve.ingress(app)
 class Student:
@@ -146,14 +170,24 @@ class Student:
     ) -> tuple[int, str]:
         """Generate in this thread; return the number of tokens and why it ended."""
         import torch
-        from transformers import TextStreamer
         from transformers.generation import StoppingCriteria, StoppingCriteriaList
+        from transformers.generation.streamers import BaseStreamer
 
-        class Pieces(TextStreamer):
-            """Passes text on as soon as it is whole: never half a character."""
+        pieces = TextPieces(lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True))
 
-            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                if text:
+        class Stream(BaseStreamer):
+            """Passes tokens on as text; the first that it gets are the prompt's."""
+
+            has_prompt = False
+
+            def put(self, value: Any) -> None:
+                new, self.has_prompt = value.reshape(-1).tolist() if self.has_prompt else [], True
+                for token in new:
+                    if text := pieces.add(token):
+                        give(text)
+
+            def end(self) -> None:
+                if text := pieces.rest():
                     give(text)
 
         class Gone(StoppingCriteria):
@@ -173,7 +207,7 @@ class Student:
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=request.max_tokens,
-                streamer=Pieces(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+                streamer=Stream(),
                 stopping_criteria=StoppingCriteriaList([Gone()]),
                 pad_token_id=self.tokenizer.eos_token_id or 0,
                 **({"do_sample": False} | how),
