@@ -1,11 +1,14 @@
 """Whether a teacher fits where it is to be loaded: reckoned from its folder before anything is loaded. No torch."""
 
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from storage.errors import InputError
-from storage.identity import parameter_count
+from storage.identity import parameter_count, weight_files
 from workers.config import TeacherConfig
 from workers.model_folder import model_facts
 
@@ -39,7 +42,11 @@ class MemoryNeed:
 def memory_need(folder: Path, teacher: TeacherConfig) -> MemoryNeed:
     """Return what a rank of this teacher needs; reads config.json and the headers of the weight files."""
     size = DTYPE_BYTES[teacher.dtype]
-    weights = int(parameter_count(folder) * _QUANTIZED_BYTES.get(teacher.quantize or "", size))
+    weights = parameter_count(folder) * size
+    if teacher.quantize is not None:
+        # Embeddings and output head keep their precision.
+        whole = sum(math.prod(entry["shape"]) for entry in _entries(folder) if _is_of_tokens(entry, folder))
+        weights = int((parameter_count(folder) - whole) * _QUANTIZED_BYTES[teacher.quantize]) + whole * size
     held = weights if teacher.sharding == "none" else -(-weights // teacher.ranks)
     offloaded = held if teacher.offload is not None and teacher.offload.to == "cpu" else 0
     # ZeRO-3 gathers one layer at a time for all ranks' own batches; the logits of a batch are whole on each rank.
@@ -55,12 +62,19 @@ def memory_need(folder: Path, teacher: TeacherConfig) -> MemoryNeed:
 
 def stored_dtypes(folder: Path) -> set[str]:
     """Return the precisions of a folder's safetensors, e.g. `bfloat16`."""
-    found = set()
-    for path in folder.glob("*.safetensors"):
+    return {_SAFETENSORS.get(entry["dtype"], entry["dtype"]) for entry in _entries(folder)}
+
+
+def _entries(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield `{dtype, shape, …}` of each tensor, from the headers of the files alone."""
+    for path in weight_files(folder):
         with path.open("rb") as file:
             head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        found |= {str(entry["dtype"]) for name, entry in head.items() if name != "__metadata__"}
-    return {_SAFETENSORS.get(name, name) for name in found}
+        yield from (entry for name, entry in head.items() if name != "__metadata__")
+
+
+def _is_of_tokens(entry: dict[str, Any], folder: Path) -> bool:
+    return bool(entry["shape"]) and entry["shape"][0] == model_facts(folder).vocab_size
 
 
 def check_fit(
