@@ -263,10 +263,12 @@ def _capture_rows(capture: dict[str, Any], currency: str) -> list[list[str]]:
     if capture.get("forward_tokens_per_s"):
         rows.append(["capture, tokens/s", f"{capture['tokens_per_s']:,.0f}"])
         rows.append(["forward pass, tokens/s", f"{capture['forward_tokens_per_s']:,.0f}"])
-    for rank in capture.get("ranks") or []:
+    # An actor that asks an endpoint is in the same list, and holds no part of a model.
+    ranks = [rank for rank in capture.get("ranks") or [] if "rank" in rank]
+    for rank in ranks:
         share = rank["parameters_held"] / max(rank["parameters_total"], 1)
         rows.append([f"teacher rank {rank['rank']}", f"{count(rank['parameters_held'])} parameters, {share:.0%}"])
-    replicated = sorted({name for rank in capture.get("ranks") or [] for name in rank.get("replicated") or []})
+    replicated = sorted({name for rank in ranks for name in rank.get("replicated") or []})
     if replicated:
         more = f" and {len(replicated) - _SHOWN_NAMES} more" if len(replicated) > _SHOWN_NAMES else ""
         rows.append(["whole on every rank", ", ".join(replicated[:_SHOWN_NAMES]) + more])

@@ -8,6 +8,7 @@ import pytest
 
 from cluster.report.data import collect, curves_of, mixture_of, stage_seconds
 from cluster.report.html import render
+from cluster.report.sections import _capture_rows
 from cluster.rundir import RunDir
 from cluster.sample_view import view_sample, visible
 from cluster.stages.report import write_report
@@ -202,3 +203,8 @@ class _Balance(HTMLParser):
         if tag not in self.VOID:
             assert self.open and self.open[-1] == tag, (tag, self.open[-3:])
             self.open.pop()
+
+
+def test_a_capture_through_an_endpoint_has_no_ranks() -> None:
+    capture = {"ranks": [{"endpoint": "http://localhost/v1", "model": "m"}], "replicas_lost": 1}
+    assert _capture_rows(capture, "USD") == [["replicas lost and replaced", "1"]]
