@@ -62,7 +62,8 @@ def run_arm(options: argparse.Namespace, arm: str, folder: Path) -> None:
     from reading.rows import identity
 
     from storage.shard_source import Reading
-    from trainer.config import CurriculumConfig, StudentConfig, TrainConfig
+    from trainer.config import StudentConfig, TrainConfig
+    from trainer.curriculum_config import CurriculumConfig
     from trainer.engine import Place
     from trainer.loop import run_rank
     from trainer.spec import LoopSpec

@@ -16,6 +16,8 @@ from storage.sample_set import SampleSet
 from storage.tokenizer import Tokenizer
 from trainer.curriculum import planned_shares
 from trainer.sampler import planned_counts
+from trainer.stages import consumed
+from trainer.task_file import read_task
 from workers.embedded import max_positions
 from workers.model_folder import ModelFacts, capture_identity, check_teacher, model_facts
 
@@ -86,30 +88,50 @@ def check_future_teacher(config: RunConfig, tokenizer: Tokenizer) -> int:
 
 
 def check_curriculum(config: RunConfig, samples: SampleSet) -> None:
-    """Check that the curriculum names sources that exist, have training samples and suffice for its passes."""
-    adaptive, scored = config.curriculum.adaptive, config.evaluate.samples_per_source
-    if adaptive is not None and adaptive.samples > scored:
-        raise InputError(
-            f"curriculum.adaptive.samples {adaptive.samples} is more than evaluate.samples_per_source {scored}, the "
-            "held-out windows that the teacher scores; raise that one"
-        )
-    most = config.curriculum.max_epochs
-    for name, times in source_passes(config, samples).items():
-        if most is not None and times > most:
+    """Check that the curricula name sources that exist, have training samples and suffice for their passes."""
+    scored = config.evaluate.samples_per_source
+    for stage, passes in zip(config.chain("student"), _passes(config, samples), strict=True):
+        adaptive, most = stage.curriculum.adaptive, stage.curriculum.max_epochs
+        if adaptive is not None and adaptive.samples > scored:
             raise InputError(
-                f"the plan passes {times:.2f} times over {name!r} ({len(samples.rows('train', name))} training "
-                f"samples), more than curriculum.max_epochs {most:g}; lower its share or train.steps, or add text"
+                f"curriculum.adaptive.samples {adaptive.samples} is more than evaluate.samples_per_source {scored}, "
+                "the held-out windows that the teacher scores; raise that one"
             )
+        for name, times in passes.items():
+            if most is not None and times > most:
+                raise InputError(
+                    f"the plan of {stage.run} passes {times:.2f} times over {name!r} "
+                    f"({len(samples.rows('train', name))} training samples), more than curriculum.max_epochs {most:g}; "
+                    "lower its share or train.steps, or add text"
+                )
+
+
+def check_tasks(config: RunConfig) -> None:
+    """Check the files of the tasks that the trained models are to be scored on."""
+    for task in config.evaluate.tasks:
+        read_task(task)
 
 
 def source_passes(config: RunConfig, samples: SampleSet) -> dict[str, float]:
-    """Return how often training passes over each source; InputError when the mixture cannot be met."""
+    """Return how often training passes over each source, all stages together; InputError where one cannot be met."""
+    passes = _passes(config, samples)
+    return {name: sum(row[name] for row in passes) for name in samples.source_names}
+
+
+def _passes(config: RunConfig, samples: SampleSet) -> list[dict[str, float]]:
+    """Return for each stage how often it passes over each source."""
     counts = {name: len(samples.rows("train", name)) for name in samples.source_names}
-    shares = planned_shares(config.curriculum, counts, config.train.steps)
-    drawn = planned_counts(shares, config.train.global_batch_size).sum(axis=0)
-    hard = config.curriculum.difficulty
-    kept = 1.0 if hard is None else hard.keep[1] - hard.keep[0]
-    return {name: float(drawn[n]) / max(size * kept, 1) for n, (name, size) in enumerate(counts.items())}
+    found: list[dict[str, float]] = []
+    earlier: dict[str, float] = {}
+    for stage in config.chain("student"):
+        shares = planned_shares(stage.curriculum, counts, stage.train.steps, earlier)
+        drawn = planned_counts(shares, stage.train.global_batch_size).sum(axis=0)
+        hard = stage.curriculum.difficulty
+        kept = 1.0 if hard is None else hard.keep[1] - hard.keep[0]
+        sizes = [max(size * kept, 1) for size in counts.values()]
+        found.append({name: float(drawn[n]) / sizes[n] for n, name in enumerate(counts)})
+        earlier = consumed(stage, counts, earlier)
+    return found
 
 
 def check_dataset(config: RunConfig, tokenizer: Tokenizer, identity: DatasetIdentity | None) -> DatasetInfo | None:

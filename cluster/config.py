@@ -1,7 +1,7 @@
 """The whole YAML: one model composed of the rooms' sections."""
 
 import os
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -9,8 +9,10 @@ from storage.config import CacheConfig, DataConfig
 from storage.errors import InputError
 from storage.identity import CaptureIdentity
 from storage.settings import Settings
-from trainer.config import CurriculumConfig, EvaluateConfig, StudentConfig, TrainConfig
+from trainer.config import EvaluateConfig, StageConfig, StudentConfig, TrainConfig, inherited
+from trainer.curriculum_config import CurriculumConfig
 from trainer.served import require_served
+from trainer.stages import Stage, chain, on_hard_labels
 from workers.api.config import GenerateConfig
 from workers.config import BudgetConfig, TeacherConfig
 
@@ -108,10 +110,32 @@ class RunConfig(Settings):
     student: StudentConfig
     curriculum: CurriculumConfig = CurriculumConfig()
     train: TrainConfig = TrainConfig()
+    stages: list[StageConfig] = Field(default_factory=list)
     evaluate: EvaluateConfig = EvaluateConfig()
     generate: GenerateConfig = GenerateConfig()
     budget: BudgetConfig = BudgetConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stages_inherit(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("stages"), list):
+            return values
+        stages = [inherited(stage, values) if isinstance(stage, dict) else stage for stage in values["stages"]]
+        return {**values, "stages": stages}
+
+    @model_validator(mode="after")
+    def _stages_have_names_of_their_own(self) -> Self:
+        names = [stage.name for stage in self.stages]
+        twice = [name for n, name in enumerate(names) if name in names[:n]]
+        if twice:
+            raise ValueError(f"stages: the name {twice[0]!r} is given twice; a stage's model is kept under its name")
+        return self
+
+    def chain(self, name: str) -> list[Stage]:
+        """Return the trainings that lead to `student` or `baseline`, in order."""
+        stages = chain(name, self.student, self.train, self.curriculum, self.stages)
+        return stages if name == "student" else [on_hard_labels(stage) for stage in stages]
 
     @model_validator(mode="after")
     def _classes_fit_the_samples(self) -> Self:
@@ -136,7 +160,8 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _targets_serve_the_loss(self) -> Self:
         try:
-            require_served(self.train.loss, CaptureIdentity.of(self.cache))
+            for stage in self.chain("student"):
+                require_served(stage.train.loss, CaptureIdentity.of(self.cache))
         except InputError as error:
             raise ValueError(str(error)) from error
         return self

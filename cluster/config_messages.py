@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from cluster.config import RunConfig
-from trainer.config import NUMBER_TAG, SCHEDULE_TAG
+from trainer.loss_config import NUMBER_TAG, SCHEDULE_TAG
 
 _PLAIN_MESSAGES = {
     "missing": "is missing; it has no default",

@@ -12,6 +12,7 @@ from cluster.checks import (
     check_dataset,
     check_future_teacher,
     check_student,
+    check_tasks,
     check_teacher_fits,
     source_passes,
     uses_chat_template,
@@ -118,6 +119,7 @@ def make_plan(config: RunConfig, run: RunDir, rates: Rates = Rates()) -> Plan:
     run.probe()
     tokenizer = _tokenizer(config, checks)
     samples = prepare_samples(config.data, tokenizer, run.path("samples"))
+    check_tasks(config)
     check_curriculum(config, samples)
     checks.append("every source of the curriculum exists and has training samples")
     rows = capture_rows(samples, config.evaluate.samples_per_source)
@@ -152,8 +154,8 @@ def make_plan(config: RunConfig, run: RunDir, rates: Rates = Rates()) -> Plan:
         teacher_hours=None if hours is None else round(hours, 4),
         cost=next((stage["cost"] for stage in money["stages"] if stage["stage"] == "capture"), None),
         currency=config.budget.currency,
-        steps=config.train.steps,
-        train_samples=config.train.steps * config.train.global_batch_size,
+        steps=sum(stage.train.steps for stage in config.chain("student")),
+        train_samples=sum(stage.train.steps * stage.train.global_batch_size for stage in config.chain("student")),
         passes={name: round(times, 2) for name, times in passes.items()},
         money=money,
         api=api,
@@ -188,7 +190,7 @@ def _money(
         replicas=config.teacher.replicas.max,
         train_tokens=round(drawn),
         train_rate=rates.train or _train_rate(run),
-        workers=config.train.workers,
+        workers=max(stage.train.workers for stage in config.chain("student")),
         trainings=models,
         evaluate_tokens=held_out * models,
     )

@@ -22,7 +22,13 @@ def resolve_precision(config: RunConfig) -> RunConfig:
         for name, section in (("teacher", config.teacher), ("train", config.train))
         if section.dtype == "auto"
     }
-    return config.model_copy(update=sections)
+    stages = [
+        stage.model_copy(update={"train": stage.train.model_copy(update={"dtype": dtype})})
+        if stage.train.dtype == "auto"
+        else stage
+        for stage in config.stages
+    ]
+    return config.model_copy(update={**sections, "stages": stages})
 
 
 def _computes_bfloat16(cluster: ClusterConfig) -> bool:

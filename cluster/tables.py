@@ -137,6 +137,7 @@ def show_result(out: Terminal, figures: dict[str, Any]) -> None:
     """Print what a run, or some of its stages, came to."""
     if "eval" in figures:
         out.show(_evaluation(figures["eval"]))
+        _show_beside(out, figures["eval"])
     facts = _facts()
     if "capture" in figures:
         found = figures["capture"]
@@ -164,6 +165,24 @@ def _evaluation(evaluation: dict[str, Any]) -> Any:
             _known(entry["ece"], ".4f"),
         )
     return table
+
+
+def _show_beside(out: Terminal, evaluation: dict[str, Any]) -> None:
+    """Print tasks, and what the student's last stage changed, where they were asked for."""
+    models = {name: evaluation[name] for name in ("student", "baseline") if evaluation.get(name)}
+    tasks = list(models.get("student", {}).get("tasks", {}))
+    if tasks:
+        table = _table("tasks, 95% interval", *tasks)
+        for name, entry in models.items():
+            found = [entry["tasks"][task] for task in tasks]
+            table.add_row(name, *(f"{one['score']:.3f} ({one['low']:.3f} to {one['high']:.3f})" for one in found))
+        out.show(table)
+    forgotten = models.get("student", {}).get("forgetting")
+    if forgotten:
+        table = _table(f"since {forgotten['from']}", "loss before", "loss after", "KL(before ‖ after)")
+        for source, row in forgotten["sources"].items():
+            table.add_row(source, *(f"{row[key]:.4f}" for key in ("before", "after", "kl")))
+        out.show(table)
 
 
 def show_account(out: Terminal, account: dict[str, Any]) -> None:

@@ -26,15 +26,6 @@ class StageOutcome:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def _told(error: BaseException) -> str:
-    """An error in words; those that end a process from outside have none of their own."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted by the user"
-    if isinstance(error, SystemExit):
-        return "stopped from outside"
-    return str(error) or type(error).__name__
-
-
 class Workspace:
     """The state of one command. Later stages need the attributes that earlier ones fill."""
 
@@ -66,7 +57,7 @@ class Workspace:
         try:
             yield outcome
         except BaseException as error:
-            self.run.event("stage_failed", stage=name, error=_told(error))
+            self.run.event("stage_failed", stage=name, error=str(error) or type(error).__name__)
             raise
         seconds = round(time.monotonic() - began, 3)
         self.run.event("stage_finished", stage=name, seconds=seconds, skipped=outcome.skipped, **outcome.facts)
@@ -80,8 +71,9 @@ class Workspace:
         """Return a running Ray, started at the first call and kept until `close_ray`; `task` says so meanwhile."""
         if self._ray is None:
             task.note("starting Ray")
-            teacher, train = self.config.teacher, self.config.train
-            num_ranks = max(teacher.ranks * teacher.replicas.max, train.workers)
+            teacher = self.config.teacher
+            workers = [stage.train.workers for stage in self.config.chain("student")]
+            num_ranks = max(teacher.ranks * teacher.replicas.max, *workers)
             self._ray = self._stack.enter_context(ray_session(self.config.cluster, num_ranks))
             self.run.event("ray_started", device=self._ray.device, logs=self._ray.logs, local=self._ray.local)
             if not self._ray.local:

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from cluster.config import RunConfig
-from trainer.config import ScheduleConfig
+from trainer.loss_config import ScheduleConfig
 
 TARGET = Path(__file__).with_name("configuration.md")
 
@@ -28,6 +28,9 @@ The value is read as YAML; an item of a list is named by its index or by its `na
 names the nearest valid one. Secrets are never part of a config: stores and hubs take them from the environment.
 """
 
+
+SAME_AS = {"stages.N.train": "train", "stages.N.curriculum": "curriculum", "stages.N.lora": "student.lora"}
+"""Sections that have the keys of another one, told once."""
 
 SCHEDULES = """Where a type says *schedule*, the value may be one number, or change over the steps:
 `learning_rate: {shape: warmup_stable_decay, start: 1.0e-3, end: 1.0e-5, begin: 0.02, finish: 0.8}`."""
@@ -43,7 +46,8 @@ def page() -> str:
     for name, field in RunConfig.model_fields.items():
         model = inner_model(field.annotation)
         assert model is not None, name
-        parts.append(f"## `{name}`\n\n{paragraph(model.__doc__)}\n\n{table(model, name)}")
+        prefix = f"{name}.N" if get_origin(field.annotation) is list else name
+        parts.append(f"## `{name}`\n\n{paragraph(model.__doc__)}\n\n{table(model, prefix)}")
     return "\n".join(parts)
 
 
@@ -59,6 +63,9 @@ def keys(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, s
     for name, field in model.model_fields.items():
         inner = inner_model(field.annotation)
         path = f"{prefix}.{name}"
+        if path in SAME_AS:
+            yield path, "section", f"`{SAME_AS[path]}`", paragraph(field.description)
+            continue
         if inner in (None, ScheduleConfig):
             yield path, type_text(field), default_text(field), paragraph(field.description).replace("|", "\\|")
             continue
@@ -113,7 +120,7 @@ def default_text(field: FieldInfo) -> str:
         return f"`{str(value).lower()}`"
     if isinstance(value, (dict, list, tuple)):
         return f"`{list(value) if isinstance(value, tuple) else value}`"
-    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`".replace("\n", "\\n")
 
 
 def inner_model(annotation: Any) -> type[BaseModel] | None:

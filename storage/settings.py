@@ -15,7 +15,8 @@ def added(neutral: Any) -> Any:
     """Return the default of a field that joined a stored model after schema version 1.
 
     At this value, which must mean what its absence meant, the field is left out of the JSON. So the fingerprints,
-    checksums and files of datasets that know nothing of the field stay as they are, byte for byte.
+    checksums and files of datasets that know nothing of the field stay as they are, byte for byte, and so do the
+    facts of trainings.
     """
     return Field(default=neutral, exclude_if=lambda value: value == neutral)
 

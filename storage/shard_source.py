@@ -31,7 +31,8 @@ class Reading:
     disk_folder: str | None = None
     """Where they lie; none means `shards` in Lectern's cache folder."""
     layers: tuple[str, ...] | None = None
-    """Layers whose hidden states are wanted; none means all. The others are neither fetched nor decoded."""
+    """Layers whose hidden states and attention are wanted; none means all. The others are neither fetched nor
+    decoded."""
 
     @classmethod
     def of(cls, cache: CacheConfig, layers: Collection[str] | None = None) -> Self:
@@ -63,7 +64,7 @@ class ShardSource:
         self, store: Store, records: Sequence[ManifestRecord], identity: DatasetIdentity, reading: Reading
     ) -> None:
         self._store, self._records, self._reading = store, records, reading
-        held = identity.capture.hidden
+        held = list(dict.fromkeys([*identity.capture.hidden, *identity.capture.attention]))
         layers = held if reading.layers is None else [layer for layer in held if layer in reading.layers]
         self._layers = None if layers == held else layers
         self._suffix = ""

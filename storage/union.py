@@ -85,6 +85,11 @@ class DatasetUnion:
             return missing
         return missing[Refusals.read(own.store, own.info.fingerprint).mask(ids[missing])]
 
+    def held(self, sample_ids: Sequence[bytes]) -> list[bytes]:
+        """Return the asked samples that any dataset holds, in their order."""
+        absent = set(self.missing(sample_ids).tolist()) if sample_ids else set()
+        return [sample_id for n, sample_id in enumerate(sample_ids) if n not in absent]
+
     def parts(self, sample_ids: SampleIds) -> list[Part]:
         """Return the asked samples, one part for each dataset that serves some; InputError when one is missing."""
         ids = id_array(sample_ids)

@@ -1,6 +1,7 @@
 """What a model is made of: where its logits come from, how wide its layers are, and what they put out."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +15,7 @@ HeadPath = Literal["fused", "module", "model"]
 """How logits come about: the head's weight chunk by chunk, the head's own forward, or the whole model's."""
 
 _PROBE_TOKENS = 4
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,38 @@ def examine(model: Any, layers: list[str], zero_stage: int) -> Anatomy:
     model.train(was_training)
     path: HeadPath = "model" if not plain else "module" if zero_stage == 3 else "fused"
     return Anatomy(path, {layer: int(seen[layer].shape[-1]) for layer in layers})
+
+
+def attention_module(model: nn.Module, layer: str) -> nn.Module:
+    """Return the attention of a student layer: the named module itself, or its own child; InputError without one."""
+    modules = dict(model.named_modules())
+    names = [layer, *(f"{layer}.{child}" for child, _ in modules.get(layer, nn.Module()).named_children())]
+    found = [name for name in names if name in modules and _ATTENTION.search(name.rpartition(".")[2])]
+    if not found:
+        layers = [name.rpartition(".")[0] for name in modules if _ATTENTION.search(name.rpartition(".")[2])]
+        raise InputError(
+            f"the student has no attention in {layer!r}; train.loss.attention_map may name {', '.join(layers[:24])}"
+        )
+    return model.get_submodule(found[0])
+
+
+@contextmanager
+def record_attention(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect the attention weights of layers, [N, heads, L, L], while the context is open; needs eager attention."""
+    seen: dict[str, Tensor] = {}
+
+    def watch(layer: str) -> Any:
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            seen[layer] = output[1]
+
+        return attention_module(model, layer).register_forward_hook(keep)
+
+    handles = [watch(layer) for layer in dict.fromkeys(layers)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

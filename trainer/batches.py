@@ -1,7 +1,7 @@
 """From samples and targets in memory to the padded tensors of one forward pass."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ class Batch:
     targets: SparseTargets
     hidden: Mapping[str, Tensor]  # dataset layer → float [K, width]
     hidden_rows: Tensor | None  # int64 [K], the positions whose states were kept; none where all were
+    maps: Mapping[str, Tensor] = field(default_factory=dict)  # dataset layer → float16 [A], rows of teacher attention
+    map_count: Tensor | None = None  # int64 [P], entries of each position's row
 
     @property
     def num_supervised(self) -> int:
@@ -48,10 +50,14 @@ class Batch:
             self.targets.to(device),
             {layer: states.to(device, non_blocking=True) for layer, states in self.hidden.items()},
             None if self.hidden_rows is None else self.hidden_rows.to(device, non_blocking=True),
+            {layer: rows.to(device, non_blocking=True) for layer, rows in self.maps.items()},
+            None if self.map_count is None else self.map_count.to(device, non_blocking=True),
         )
 
 
-def make_batch(samples: SampleBatch, targets: TargetBatch, kind: str, layers: tuple[str, ...] = ()) -> Batch:
+def make_batch(
+    samples: SampleBatch, targets: TargetBatch, kind: str, layers: tuple[str, ...] = (), maps: tuple[str, ...] = ()
+) -> Batch:
     """Pad a batch of samples and lay out its targets.
 
     Args:
@@ -59,6 +65,7 @@ def make_batch(samples: SampleBatch, targets: TargetBatch, kind: str, layers: tu
         targets: their targets, in the same order.
         kind: kind of the targets.
         layers: dataset layers whose hidden states are wanted.
+        maps: dataset layers whose attention is wanted.
 
     Raises:
         IntegrityError: the targets do not belong to the samples.
@@ -76,6 +83,7 @@ def make_batch(samples: SampleBatch, targets: TargetBatch, kind: str, layers: tu
     supervised = np.flatnonzero(samples.supervised)
     packed = bool((samples.document != np.repeat(samples.document[samples.offsets[:-1]], lengths)).any())
     position_ids, attention = _packed_attention(samples, flat, width) if packed else (None, None)
+    count = targets.attention_count if maps else None
     return Batch(
         ids=samples.ids(),
         sources=samples.source,
@@ -86,6 +94,8 @@ def make_batch(samples: SampleBatch, targets: TargetBatch, kind: str, layers: tu
         targets=sparse_targets(targets, samples.tokens[supervised].astype(np.int64), kind),
         hidden={layer: states_tensor(targets.hidden[layer]) for layer in layers},
         hidden_rows=None if targets.hidden_kept is None else torch.from_numpy(np.flatnonzero(targets.hidden_kept)),
+        maps={layer: torch.from_numpy(targets.attention[layer]) for layer in maps},
+        map_count=None if count is None else torch.from_numpy(count.astype(np.int64)),
     )
 
 
@@ -118,6 +128,7 @@ def join_batches(batches: Sequence[Batch]) -> Batch:
         predictors.append((batch.predictor // own + row) * width + batch.predictor % own)
         kept = torch.arange(batch.num_supervised) if batch.hidden_rows is None else batch.hidden_rows
         rows.append(kept + position)
+    counts = [batch.map_count for batch in batches if batch.map_count is not None]
     return Batch(
         ids=[sample_id for batch in batches for sample_id in batch.ids],
         sources=[source for batch in batches for source in batch.sources],
@@ -128,6 +139,8 @@ def join_batches(batches: Sequence[Batch]) -> Batch:
         targets=join_targets([batch.targets for batch in batches]),
         hidden={layer: torch.cat([batch.hidden[layer] for batch in batches]) for layer in batches[0].hidden},
         hidden_rows=None if all(batch.hidden_rows is None for batch in batches) else torch.cat(rows),
+        maps={layer: torch.cat([batch.maps[layer] for batch in batches]) for layer in batches[0].maps},
+        map_count=torch.cat(counts) if counts else None,
     )
 
 

@@ -1,10 +1,28 @@
 """Config sections of this room: `student`, `curriculum`, `train`, `evaluate`."""
 
-from typing import Annotated, Any, Literal, Self
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
 from storage.settings import Settings
+from trainer.curriculum_config import CurriculumConfig
+from trainer.loss_config import LossConfig, Positive, both_ends
+
+
+class LoraConfig(Settings):
+    """Low-rank adapters (Hu et al. 2021): the student stays as it is, ΔW = alpha / rank · B·A is learned beside it."""
+
+    rank: int = Field(default=8, ge=1)
+    """Inner width of the adapters."""
+    alpha: float = Field(default=16.0, gt=0.0)
+    """The adapters' output is scaled by `alpha / rank`."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Dropout of the adapters' input."""
+    targets: list[str] = Field(default_factory=list)
+    """Linear layers that get one, by the ends of their names, e.g. `[q_proj, v_proj]`; empty: all but the output
+    head."""
 
 
 class StudentConfig(Settings):
@@ -18,6 +36,9 @@ class StudentConfig(Settings):
     """Seed of a fresh student's weights."""
     frozen: list[str] = Field(default_factory=list)
     """Parameters that stay as they are, by patterns of their names, e.g. `model.embed_tokens.*`."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters alone, which are merged into the exported model; needs the extra `lora`. None: train
+    the student itself."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -28,205 +49,15 @@ class StudentConfig(Settings):
         return self
 
 
-class DifficultyConfig(Settings):
-    """Which samples of a source come when, by how hard the teacher found them when it scored them."""
+class EwcConfig(Settings):
+    """Elastic weight consolidation (Kirkpatrick et al. 2017): weights that earlier sources rest on move less."""
 
-    by: Literal["teacher_nll", "teacher_entropy"] = "teacher_nll"
-    """What is hard: text that the teacher did not expect, or where it was unsure; mean over a sample, in nats."""
-    order: Literal["shuffled", "rising", "falling"] = "shuffled"
-    """Order of each pass over a source: shuffled, or ten shuffled groups of rising or falling difficulty."""
-    keep: tuple[float, float] = (0.0, 1.0)
-    """Between which quantiles of each source samples are used at all, e.g. `[0, 0.95]` leaves out the hardest 5%."""
-    open_first: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Share of each source, its easiest samples, that is open at the first step; the others join in ten steps."""
-    open_until: float = Field(default=0.5, ge=0.0, le=1.0)
-    """Where all samples are open, as a fraction of the steps."""
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        low, high = self.keep
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"curriculum.difficulty.keep {list(self.keep)} must be two rising quantiles from 0 to 1")
-        if self.open_first < 1 and self.order == "falling":
-            raise ValueError(
-                "curriculum.difficulty opens with the easiest samples (open_first) and orders them hardest first "
-                "(order: falling); drop one of the two"
-            )
-        return self
-
-
-class AdaptiveConfig(Settings):
-    """Shares that follow how far the student is behind the teacher on each source (DDK, Liu et al. 2024)."""
-
-    every: int = Field(default=100, ge=1)
-    """Steps between decisions; the first one falls after so many."""
-    smoothing: float = Field(default=0.5, gt=0.0, le=1.0)
-    """Part of the shares that follows the losses; the rest is spread evenly, so that no source dies out."""
-    samples: int = Field(default=32, ge=1)
-    """Held-out windows of each source that are compared; at most `evaluate.samples_per_source`."""
-
-
-class CurriculumConfig(Settings):
-    """How the sources are mixed over the steps."""
-
-    start: dict[str, float] = Field(default_factory=dict)
-    """Share of each source at `begin`; normalised to 1. Empty: shares by number of training samples."""
-    end: dict[str, float] = Field(default_factory=dict)
-    """Share of each source at `finish`; empty means the same as `start`."""
-    shape: Literal["linear", "cosine", "step"] = "linear"
-    """How the shares move from `start` to `end`; `step` jumps half-way."""
-    begin: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Where the ramp starts, as a fraction of the steps."""
-    finish: float = Field(default=1.0, ge=0.0, le=1.0)
-    """Where the ramp ends, as a fraction of the steps."""
-    table: dict[float, dict[str, float]] = Field(default_factory=dict)
-    """Shares at fractions of the steps, e.g. `{0: {general: 1}, 0.5: {general: 0.5, domain: 0.5}}`, evenly changing in
-    between and constant before and after; instead of `start` and `end`."""
-    max_epochs: float | None = Field(default=None, gt=0)
-    """Refuse a plan that passes over a source more often than this; none allows any number."""
-    difficulty: DifficultyConfig | None = None
-    """Choose and order samples by difficulty; none: all samples, shuffled."""
-    adaptive: AdaptiveConfig | None = None
-    """Decide on the shares while training, beginning with `start`; none: they are planned."""
-
-    @model_validator(mode="after")
-    def _shares_are_sane(self) -> Self:
-        rows = {"start": self.start, "end": self.end, **{f"table.{at:g}": row for at, row in self.table.items()}}
-        for name, shares in rows.items():
-            bad = {k: v for k, v in shares.items() if v < 0}
-            if bad or (shares and sum(shares.values()) <= 0):
-                raise ValueError(f"curriculum.{name}: {shares} must be non-negative shares with a positive sum")
-        if self.table and self.start:
-            raise ValueError("curriculum has both a table and start; give one of them")
-        empty = [at for at, row in self.table.items() if not row or not 0 <= at <= 1]
-        if empty:
-            raise ValueError(f"curriculum.table {empty[0]:g}: give shares at a fraction of the steps from 0 to 1")
-        if self.finish < self.begin:
-            raise ValueError(f"curriculum.finish {self.finish} lies before curriculum.begin {self.begin}")
-        if self.end and not self.start:
-            raise ValueError("curriculum.end needs curriculum.start beside it")
-        if self.adaptive is not None and (self.end or self.table or self.max_epochs is not None):
-            raise ValueError(
-                "curriculum.adaptive decides on the shares while training; give no end, table or max_epochs beside it"
-            )
-        return self
-
-
-class ScheduleConfig(Settings):
-    """A value that changes over the steps of a run."""
-
-    shape: Literal["constant", "linear", "cosine", "step", "warmup_stable_decay", "two_stage"]
-    """How the value moves: not at all; evenly or by a cosine from `begin` to `finish`; in one jump half-way between
-    them; rising until `begin`, held, falling from `finish` to the last step; held until `begin`, then annealed."""
-    start: float = Field(ge=0.0)
-    """Value at first; of `warmup_stable_decay` the one that is held."""
-    end: float = Field(default=0.0, ge=0.0)
-    """Value at last."""
-    begin: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Where the move begins, as a fraction of the steps; of `warmup_stable_decay` where the rise ends, of `two_stage`
-    where the second stage begins."""
-    finish: float = Field(default=1.0, ge=0.0, le=1.0)
-    """Where the move is done, as a fraction of the steps; of `warmup_stable_decay` where the fall begins."""
-
-    @model_validator(mode="after")
-    def _moves_forward(self) -> Self:
-        if self.finish < self.begin:
-            raise ValueError(f"schedule: finish {self.finish} lies before begin {self.begin}")
-        if self.shape == "constant" and "end" in self.model_fields_set and self.end != self.start:
-            raise ValueError(f"schedule: a constant has no end {self.end:g} beside its start {self.start:g}; drop one")
-        return self
-
-    @property
-    def values(self) -> tuple[float, float]:
-        """Return start and end."""
-        return self.start, self.start if self.shape == "constant" else self.end
-
-
-Schedule = float | ScheduleConfig
-"""A value at every step: one number, or what changes."""
-
-
-def _which(value: Any) -> str:
-    return SCHEDULE_TAG if isinstance(value, (dict, ScheduleConfig)) else NUMBER_TAG
-
-
-NUMBER_TAG, SCHEDULE_TAG = "=number", "=schedule"
-"""Parts of an error's path that are no keys."""
-_AsSchedule = Annotated[ScheduleConfig, Tag(SCHEDULE_TAG)]
-Weight = Annotated[Annotated[float, Field(ge=0.0), Tag(NUMBER_TAG)] | _AsSchedule, Discriminator(_which)]
-"""A schedule of values that are not negative."""
-Positive = Annotated[Annotated[float, Field(gt=0.0), Tag(NUMBER_TAG)] | _AsSchedule, Discriminator(_which)]
-"""A schedule of values above 0."""
-
-
-def both_ends(schedule: Schedule) -> tuple[float, float]:
-    """Return the values that a schedule moves between."""
-    return schedule.values if isinstance(schedule, ScheduleConfig) else (schedule, schedule)
-
-
-class LossConfig(Settings):
-    """Terms that are summed into the training loss, and their weights."""
-
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "reverse_skew_kl", "adaptive_kl", "tvd"] = (
-        "forward_kl"
-    )
-    """How the student is compared with the teacher; see docs/losses.md for which kinds of targets each one takes."""
-    kl: Weight = 0.9
-    """Weight of the divergence from the teacher."""
-    ce: Weight = 0.1
-    """Weight of hard-label cross-entropy."""
-    hidden: Weight = 0.0
-    """Weight of the squared error of projected hidden states, divided by the teacher's channel variance."""
-    hidden_map: dict[str, str] = Field(default_factory=dict)
-    """Dataset layer → student layer, e.g. `{final: final, model.layers.3: model.layers.1}`."""
-    beta: float = Field(default=0.5, ge=0.0, le=1.0)
-    """Teacher's share of the mixture in `jsd`; 0 stands for forward, 1 for reverse KL."""
-    skew: float = Field(default=0.1, gt=0.0, lt=1.0)
-    """Share α of the first argument in the mixture of `skew_kl` and `reverse_skew_kl`."""
-    temperature: Positive = 1.0
-    """Temperature T at which teacher and student are compared; value and gradient are multiplied by T². Other than 1
-    it needs whole distributions: `exact`, or targets of kind `dense`."""
-    exact: bool = False
-    """Compare whole distributions, made from the cached hidden state `final` and the teacher's head, instead of the
-    kept entries."""
-    adaptive: Literal["none", "uncertainty"] = "none"
-    """`uncertainty` learns the weights (Kendall et al. 2018), beginning with the given ones: the loss of each term L
-    is ½·exp(−s)·L + ½·s with s learned, so that its weight comes to rest at 1 / (2·L)."""
-
-    @model_validator(mode="after")
-    def _something_to_learn(self) -> Self:
-        if max(*both_ends(self.kl), *both_ends(self.ce), *both_ends(self.hidden)) <= 0:
-            raise ValueError("train.loss: kl, ce and hidden are all 0; give at least one a positive weight")
-        if self.transfers and not self.hidden_map:
-            raise ValueError("train.loss.hidden is positive but train.loss.hidden_map names no layers")
-        if min(both_ends(self.temperature)) <= 0:
-            raise ValueError("train.loss.temperature must stay above 0; give its schedule a positive start and end")
-        if self.adaptive != "none" and any(isinstance(w, ScheduleConfig) for w in (self.kl, self.ce, self.hidden)):
-            raise ValueError(
-                "train.loss.adaptive learns the weights; give kl, ce and hidden as plain numbers beside it"
-            )
-        return self
-
-    @property
-    def distils(self) -> bool:
-        """Whether the student is compared with the teacher's distributions."""
-        return max(both_ends(self.kl)) > 0
-
-    @property
-    def transfers(self) -> bool:
-        """Whether the student is compared with the teacher's hidden states."""
-        return max(both_ends(self.hidden)) > 0
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Return the dataset layers whose hidden states are needed."""
-        final = ("final",) if self.exact and self.distils else ()
-        return tuple(dict.fromkeys((*final, *(self.hidden_map if self.transfers else ()))))
-
-    @property
-    def softened(self) -> bool:
-        """Whether the temperature is ever other than 1."""
-        return both_ends(self.temperature) != (1.0, 1.0)
+    weight: float = Field(gt=0.0)
+    """λ of (λ/2)·Σ F·(θ − θ*)², added to the loss per token; F is the Fisher information per token."""
+    samples: int = Field(default=64, ge=1)
+    """Training windows that the Fisher information is measured on."""
+    sources: list[str] = Field(default_factory=list)
+    """Sources to keep; empty: those that earlier stages used."""
 
 
 class TrainConfig(Settings):
@@ -239,7 +70,10 @@ class TrainConfig(Settings):
     micro_batch_size: int = Field(default=4, ge=1)
     """Samples per rank and forward pass."""
     workers: int = Field(default=2, ge=1)
-    """Training ranks."""
+    """Training ranks; with `min_workers` at most."""
+    min_workers: int | None = Field(default=None, ge=1)
+    """Go on with as few ranks as this when machines are lost, or not there yet, and with more when they come (elastic);
+    none: always `workers`."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -261,6 +95,8 @@ class TrainConfig(Settings):
     """Recompute activations in the backward pass."""
     loss: LossConfig = LossConfig()
     """Loss terms and their weights."""
+    ewc: EwcConfig | None = None
+    """Hold on to what earlier stages have learned; none: let it go."""
     seed: int = 0
     """Seed of the sample order."""
     checkpoint_every: int = Field(default=100, ge=1)
@@ -271,20 +107,56 @@ class TrainConfig(Settings):
     """Rank failures survived before the run is given up."""
     log_every: int = Field(default=1, ge=1)
     """Steps between lines in metrics.jsonl."""
+    trackers: list[Literal["wandb", "mlflow"]] = Field(default_factory=list)
+    """Where the lines go as well, beside TensorBoard, which always gets them; must be installed, and take project and
+    keys from their own environment variables."""
+    peak_flops: float | None = Field(default=None, gt=0)
+    """Operations per second of one rank's hardware, for `mfu` in metrics.jsonl; none: what the maker states of a known
+    GPU in half precision."""
 
     @model_validator(mode="after")
     def _batch_splits(self) -> Self:
-        chunk = self.workers * self.micro_batch_size
-        if self.global_batch_size % chunk:
+        least = self.workers if self.min_workers is None else self.min_workers
+        if least > self.workers:
+            raise ValueError(f"train.min_workers {least} is more than train.workers {self.workers}")
+        chunks = [ranks * self.micro_batch_size for ranks in range(least, self.workers + 1)]
+        if any(self.global_batch_size % chunk for chunk in chunks):
+            ranks = str(self.workers) if least == self.workers else f"{least} to {self.workers}"
             raise ValueError(
-                f"train.global_batch_size {self.global_batch_size} does not split into workers {self.workers} × "
-                f"micro_batch_size {self.micro_batch_size}; use a multiple of {chunk}"
+                f"train.global_batch_size {self.global_batch_size} does not split into workers {ranks} × "
+                f"micro_batch_size {self.micro_batch_size}; use a multiple of {math.lcm(*chunks)}"
             )
         if max(both_ends(self.learning_rate)) <= 0:
             raise ValueError("train.learning_rate is 0 throughout; give its schedule a positive start")
+        if self.ewc is not None and self.zero_stage == 3:
+            raise ValueError(
+                "train.ewc compares whole parameters, which ZeRO 3 takes apart; use train.zero_stage 2 or less, or "
+                "curriculum.replay instead"
+            )
         if self.warmup_steps >= self.steps:
             raise ValueError(f"train.warmup_steps {self.warmup_steps} must be below train.steps {self.steps}")
         return self
+
+
+class TaskConfig(Settings):
+    """Prompts and references that a trained model is scored on."""
+
+    name: str
+    """Its name in the report."""
+    path: str
+    """JSON lines, a file or URL: `{"prompt": …, "reference": text or list of texts, "candidates": list of texts}`.
+    Where there are candidates the model picks the likeliest, else it writes."""
+    metric: Literal["accuracy", "f1", "bleu", "recall"] = "accuracy"
+    """`accuracy`: the answer is a reference; `f1`: words shared with one; `bleu`: of the whole file; `recall`: share of
+    the references among the `k` likeliest candidates."""
+    k: int = Field(default=1, ge=1)
+    """Candidates that `recall` looks at."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Most tokens of a written answer."""
+    stop: str = "\n"
+    """Text that ends a written answer; empty: its end token alone."""
+    max_examples: int = Field(default=500, ge=1)
+    """Lines that are used, at most."""
 
 
 class EvaluateConfig(Settings):
@@ -296,3 +168,34 @@ class EvaluateConfig(Settings):
     """Also train and score the same student on hard labels only."""
     shown_samples: int = Field(default=3, ge=0)
     """Held-out windows per source whose tokens appear in the report."""
+    tasks: list[TaskConfig] = Field(default_factory=list)
+    """What the trained models are asked beside."""
+
+
+class StageConfig(Settings):
+    """One of several trainings in a row; each starts from the model that the one before ended with."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,30}$")
+    """Name, e.g. `pretrain`, `distil` or `finetune`."""
+    train: TrainConfig = TrainConfig()
+    """As the section `train`, from which it takes what is not given here; `loss` key by key."""
+    curriculum: CurriculumConfig = CurriculumConfig()
+    """As the section `curriculum`, which it takes whole where this is not given."""
+    frozen: list[str] = Field(default_factory=list)
+    """As `student.frozen`, which it takes where this is not given."""
+    lora: LoraConfig | None = None
+    """As `student.lora`, which it takes where this is not given."""
+
+
+def inherited(stage: dict[str, Any], sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stage as it was written, with what it takes from the sections of the config; all raw values."""
+    train, student = (dict(sections.get(name) or {}) for name in ("train", "student"))
+    own = stage.get("train") or {}
+    if not isinstance(own, dict):
+        return stage
+    merged = {**train, **own}
+    if isinstance(train.get("loss"), dict) and isinstance(own.get("loss"), dict):
+        merged["loss"] = {**train["loss"], **own["loss"]}
+    defaults = {"curriculum": sections.get("curriculum"), "frozen": student.get("frozen"), "lora": student.get("lora")}
+    given = {name: value for name, value in defaults.items() if value is not None}
+    return {**given, **stage, "train": merged}

@@ -11,7 +11,8 @@ from storage.sample_set import SampleSet
 from storage.samples import UInt8Array
 from storage.targets import Float32Array
 from storage.union import DatasetUnion
-from trainer.config import CurriculumConfig, TrainConfig
+from trainer.config import TrainConfig
+from trainer.curriculum_config import CurriculumConfig
 from trainer.sampler import PlannedOrder
 from trainer.schedules import ramp
 
@@ -24,10 +25,12 @@ def planned_order(
     train: TrainConfig,
     dataset: DatasetUnion | None = None,
     left_out: Sequence[bytes] = (),
+    earlier: Mapping[str, float] | None = None,
 ) -> PlannedOrder:
     """Return the planned order of a run over the training samples but those `left_out`.
 
-    `dataset` tells how hard they are, where the curriculum asks for it. InputError when the mixture cannot be met.
+    `dataset` tells how hard they are, where the curriculum asks for it; `earlier` is what stages before have used, see
+    `planned_shares`. InputError when the mixture cannot be met.
     """
     hard = curriculum.difficulty
     assert hard is None or dataset is not None, "an order by difficulty needs the dataset"
@@ -36,7 +39,7 @@ def planned_order(
         name: [sample_id for sample_id in samples.ids(samples.rows("train", name)) if sample_id not in without]
         for name in samples.source_names
     }
-    shares = planned_shares(curriculum, {name: len(pool) for name, pool in ids.items()}, train.steps)
+    shares = planned_shares(curriculum, {name: len(pool) for name, pool in ids.items()}, train.steps, earlier)
 
     def measure(sample_ids: UInt8Array) -> Float32Array:
         assert hard is not None and dataset is not None
@@ -47,12 +50,15 @@ def planned_order(
     return order
 
 
-def planned_shares(curriculum: CurriculumConfig, num_samples: Mapping[str, int], steps: int) -> Float64Array:
+def planned_shares(
+    curriculum: CurriculumConfig, num_samples: Mapping[str, int], steps: int, earlier: Mapping[str, float] | None = None
+) -> Float64Array:
     """Return the share of each source at each step, [steps, sources]; rows sum to 1.
 
     `num_samples` gives the training samples of each source and fixes the order of the columns. Shares move from
     `start` at the fraction `begin` of the steps to `end` at the fraction `finish`, or through the rows of `table`;
-    without both they follow the number of samples.
+    without both they follow the number of samples. Of `earlier`, how many samples of each source the stages before
+    have used, those that this curriculum names nowhere are replayed: together they get `replay` of every step.
 
     Raises:
         InputError: the curriculum names a source that is not there, or one without training samples.
@@ -65,6 +71,7 @@ def planned_shares(curriculum: CurriculumConfig, num_samples: Mapping[str, int],
         start = _row(curriculum.start or dict(num_samples), names, "start")
         end = _row(curriculum.end, names, "end") if curriculum.end else start
         shares = start + ramp(curriculum.shape, curriculum.begin, curriculum.finish, at)[:, None] * (end - start)
+    shares = _with_replay(shares, np.array([(earlier or {}).get(name, 0.0) for name in names]), curriculum.replay)
     for column, name in enumerate(names):
         if num_samples[name] == 0 and shares[:, column].any():
             raise InputError(
@@ -72,6 +79,14 @@ def planned_shares(curriculum: CurriculumConfig, num_samples: Mapping[str, int],
                 "add text to that source or take it out of the curriculum"
             )
     return shares
+
+
+def _with_replay(shares: Float64Array, earlier: Float64Array, replay: float) -> Float64Array:
+    """Give a part of every step to the sources that were used before and have no share now."""
+    replayed = np.where(shares.any(axis=0), 0.0, earlier)
+    if not replayed.any():
+        return shares
+    return np.asarray((1.0 - replay) * shares + replay * replayed / replayed.sum())
 
 
 def _between(table: Mapping[float, Mapping[str, float]], names: list[str], at: Float64Array) -> Float64Array:

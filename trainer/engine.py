@@ -3,15 +3,14 @@
 import os
 import resource
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from trainer.config import TrainConfig
 from trainer.schedules import learning_rate
-
-Device = Literal["cpu", "gpu"]
+from trainer.spec import Device
 
 _PRECISION = {"bfloat16": {"bf16": {"enabled": True}}, "float16": {"fp16": {"enabled": True}}, "float32": {}}
 
@@ -43,7 +42,7 @@ def prepare_process(place: Place) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
 
 
-def deepspeed_config(train: TrainConfig, universal: bool = False) -> dict[str, Any]:
+def deepspeed_config(train: TrainConfig, world_size: int, universal: bool = False) -> dict[str, Any]:
     """Return the DeepSpeed configuration of a run; `universal`: it resumes from a universal checkpoint.
 
     Master weights, moments and sums of gradients are float32 whatever the precision of the forward pass: small
@@ -51,7 +50,7 @@ def deepspeed_config(train: TrainConfig, universal: bool = False) -> dict[str, A
     """
     return {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps(train),
+        "gradient_accumulation_steps": accumulation_steps(train, world_size),
         "gradient_clipping": train.clip_norm,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": train.zero_stage, "overlap_comm": False, "contiguous_gradients": True},
@@ -64,9 +63,9 @@ def deepspeed_config(train: TrainConfig, universal: bool = False) -> dict[str, A
     }
 
 
-def accumulation_steps(train: TrainConfig) -> int:
+def accumulation_steps(train: TrainConfig, world_size: int) -> int:
     """Return the micro-batches of one rank in one step."""
-    return train.global_batch_size // (train.workers * train.micro_batch_size)
+    return train.global_batch_size // (world_size * train.micro_batch_size)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -94,7 +93,9 @@ def start_engine(module: nn.Module, train: TrainConfig, place: Place, universal:
     optimizer = torch.optim.AdamW(
         parameter_groups(module, train.weight_decay), lr=learning_rate(train, 0), betas=train.adam_betas, eps=1e-8
     )
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(train, universal))
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=deepspeed_config(train, place.world_size, universal)
+    )
     return engine
 
 

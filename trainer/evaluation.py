@@ -52,15 +52,15 @@ def evaluate_model(
         calibration error of the first choice against the text, 15 bins) and `tokens` {source: supervised}. On targets
         of kind `text` there is no teacher to compare with: `kl_to_teacher` and `top1_agreement` are none.
     """
-    model = _load(model_folder, device)
+    model = load_model(model_folder, device)
     totals = _Totals()
     total = sum(len(ids) for ids in ids_by_source.values())
     done = 0
-    for source, part in _batches(
+    for source, part in held_out_batches(
         dataset, ids_by_source, LOGIT_BYTES // (4 * model.config.get_text_config().vocab_size)
     ):
         batch = make_batch(part.samples, part.targets, part.capture.kind).to(device)
-        with torch.inference_mode(), _threads():
+        with torch.inference_mode(), evaluation_threads():
             totals.add(source, batch.targets, predictor_logits(model, batch))
         done += len(part.samples)
         if on_progress is not None:
@@ -78,7 +78,7 @@ def evaluate_teacher(dataset: TargetReader, ids_by_source: Mapping[str, Sequence
     tokens: dict[str, int] = {}
     told = True
     bins = _Bins()
-    for source, part in _batches(dataset, ids_by_source):
+    for source, part in held_out_batches(dataset, ids_by_source):
         targets = part.targets
         positions = part.samples.num_supervised()
         tokens[source] = tokens.get(source, 0) + int(positions.sum())
@@ -106,13 +106,13 @@ def token_views(
     [p, …], student_best: [id, p], student_p}]}`; `student` gives the model's probability of each of the teacher's
     choices, `student_p` that of the token itself. Unsupervised tokens have only `id` and `supervised`.
     """
-    model = _load(model_folder, device)
+    model = load_model(model_folder, device)
     views = []
     for sample_id in sample_ids:
         (part,) = dataset.parts([sample_id])
         one = part.samples
         batch = make_batch(one, part.targets, part.capture.kind).to(device)
-        with torch.inference_mode(), _threads():
+        with torch.inference_mode(), evaluation_threads():
             probability = predictor_logits(model, batch).float().softmax(-1).cpu()
         tokens = [{"id": int(t), "supervised": bool(s)} for t, s in zip(one.tokens, one.supervised, strict=True)]
         for p, at in enumerate(np.flatnonzero(one.supervised)):
@@ -206,7 +206,7 @@ def _told(targets: SparseTargets, probability: Tensor) -> dict[str, Any]:
     }
 
 
-def _batches(
+def held_out_batches(
     dataset: TargetReader, ids_by_source: Mapping[str, Sequence[bytes]], most_tokens: int = BATCH_TOKENS
 ) -> Iterator[tuple[str, Part]]:
     """Yield the samples of each source in batches of at most `most_tokens` and BATCH_TOKENS padded tokens."""
@@ -221,7 +221,8 @@ def _batches(
                 yield source, part.between(first, min(first + size, len(part.samples)))
 
 
-def _load(folder: str | Path, device: str) -> Any:
+def load_model(folder: str | Path, device: str) -> Any:
+    """Return a causal language model of a folder in float32, ready to evaluate; InputError when it holds none."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -232,7 +233,7 @@ def _load(folder: str | Path, device: str) -> Any:
 
 
 @contextmanager
-def _threads() -> Iterator[None]:
+def evaluation_threads() -> Iterator[None]:
     """Use THREADS threads inside the context and put the number back."""
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from storage.object_store import Store
+from trainer.config import LoraConfig
+from trainer.lora import merged
 
 SHARD_SIZE = "2GB"
 """Largest weight file; one is in memory at a time when it is sent to an object store."""
@@ -22,14 +24,16 @@ TOKENIZER_FILES = (
 )
 
 
-def export_model(engine: Any, run_dir: str, name: str, rank: int) -> None:
-    """Write the student below `<run_dir>/<name>`, without its projectors. Collective under ZeRO-3."""
+def export_model(engine: Any, run_dir: str, name: str, rank: int, lora: LoraConfig | None = None) -> None:
+    """Write the student below `<run_dir>/<name>`, its adapters merged, without projectors. Collective under ZeRO-3."""
     weights = None
     if engine.zero_optimization_partition_weights():
         gathered = engine._zero3_consolidated_16bit_state_dict()
         weights = {key.removeprefix("model."): value for key, value in (gathered or {}).items() if _is_model(key)}
     if rank != 0:
         return
+    if lora is not None:
+        weights = merged(engine.module.model.state_dict() if weights is None else weights, lora)
     store = Store(run_dir)
     parent = Path(store.url) if store.is_local else None
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=parent) as scratch:

@@ -17,6 +17,7 @@ from storage.parts import Part, TargetReader
 from storage.samples import Int64Array, UInt8Array
 from trainer.batches import Batch, join_batches, make_batch, take_microbatches
 from trainer.config import TrainConfig
+from trainer.loss_config import LossConfig
 from trainer.sampler import PlannedOrder, rank_slice
 
 READ_AHEAD = 4
@@ -75,7 +76,6 @@ def step_loader(
     dataset: TargetReader, order: PlannedOrder, train: TrainConfig, rank: int, world_size: int
 ) -> Callable[[int], StepData]:
     """Return the function that reads and lays out a rank's part of a step."""
-    layers = train.loss.layers
     part = rank_slice(train.global_batch_size, rank, world_size)
 
     def load(step: int) -> StepData:
@@ -83,7 +83,7 @@ def step_loader(
         # Another set of draws in each pass, as far as they go; the seed decides which one is first.
         passes = order.step_epochs(step)[part] + train.seed
         parts = [_one_set(piece, passes) for piece in dataset.parts(ids)]
-        batches = [microbatch(parts, rows, layers) for rows in take_microbatches(len(ids), train.micro_batch_size)]
+        batches = [microbatch(parts, rows, train.loss) for rows in take_microbatches(len(ids), train.micro_batch_size)]
         supervised = sum(int(piece.samples.supervised.sum()) for piece in parts)
         return StepData(batches, _read_ids(parts), supervised, sum(piece.samples.num_tokens for piece in parts))
 
@@ -96,14 +96,18 @@ def _one_set(part: Part, passes: Int64Array) -> Part:
     return replace(part, targets=targets)
 
 
-def microbatch(parts: Sequence[Part], rows: range, layers: tuple[str, ...]) -> Batch:
-    """Return the batch of the asked samples `rows`, those of one dataset after those of another."""
+def microbatch(parts: Sequence[Part], rows: range, loss: LossConfig | None = None) -> Batch:
+    """Return the batch of the asked samples `rows`, those of one dataset after those of another.
+
+    With the states and attention that the loss asks for.
+    """
+    layers, maps = ((), ()) if loss is None else (loss.layers, loss.attention_layers)
     batches = []
     for part in parts:
         first, last = np.searchsorted(part.asked, [rows.start, rows.stop])
         if first < last:
             own = part.between(int(first), int(last))
-            batches.append(make_batch(own.samples, own.targets, own.capture.kind, layers))
+            batches.append(make_batch(own.samples, own.targets, own.capture.kind, layers, maps))
     return join_batches(batches)
 
 

@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,15 @@ from trainer.curriculum import planned_order
 from trainer.engine import Place, peak_memory_bytes, prepare_process, set_learning_rate, start_engine
 from trainer.export import export_model
 from trainer.feed import Feed, StepData, step_loader
-from trainer.metrics import MetricsLog
+from trainer.flops import ModelFlops, peak_flops
+from trainer.lora import is_adapter
 from trainer.mixing import Mixer, apply, segments
 from trainer.optimize import optimize
 from trainer.preemption import Ask, PreemptionWatch, nobody_goes
 from trainer.sampler import EMPTY_DIGEST, chain_digest
 from trainer.schedules import learning_rate
 from trainer.spec import LoopSpec
+from trainer.trackers import RunLog
 
 Report = Callable[[Path, int], None]
 """Hands a written checkpoint folder and its step over to storage; collective."""
@@ -59,10 +61,11 @@ class _Rank:
         with together():
             self.dataset = DatasetUnion.open(spec.dataset_urls, spec.identity, spec.reading)
             samples, adaptive = SampleSet.open(spec.samples_url), spec.curriculum.adaptive
-            self.order = planned_order(samples, spec.curriculum, self.train, self.dataset, spec.left_out)
+            self.order = planned_order(samples, spec.curriculum, self.train, self.dataset, spec.left_out, spec.earlier)
             decides = adaptive is not None and spec.mixing is None
             self.mixer = Mixer(adaptive, samples, self.dataset, self.train, place) if adaptive and decides else None
-            self._module = build_module(spec, self.dataset, self.order, place)
+            self._module = build_module(spec, samples, self.dataset, self.order, place)
+        self._flops, self._peak = ModelFlops.of(self._module.model), peak_flops(self.train, place)
         self.engine: Any = None
         self.position = checkpoint.Position(
             step=0,
@@ -80,9 +83,12 @@ class _Rank:
             self._start(None if folder is None else Path(folder))
             dist.barrier()
         resumed_from = self.position.step
-        log = self._stack.enter_context(
-            MetricsLog(self.spec.run_dir, self.spec.name, resumed_from) if self.place.rank == 0 else nullcontext()
-        )
+        log: RunLog | None = None
+        if self.place.rank == 0:
+            spec = self.spec
+            log = self._stack.enter_context(
+                RunLog(self.train.trackers, spec.run_dir, spec.name, resumed_from, spec.facts)
+            )
         load = step_loader(self.dataset, self.order, self.train, self.place.rank, self.place.world_size)
         apply(self.order, self.spec.mixing or self.position.mixing)
         losses: dict[str, float] = {}
@@ -97,7 +103,7 @@ class _Rank:
                     if ((step + 1) % self.train.checkpoint_every == 0 or warned) and step + 1 < self.train.steps:
                         self._checkpoint(report)
         self._check_order()
-        export_model(self.engine, self.spec.run_dir, self.spec.name, self.place.rank)
+        export_model(self.engine, self.spec.run_dir, self.spec.name, self.place.rank, self.spec.student.lora)
         return self._figures(losses, resumed_from) if self.place.rank == 0 else {}
 
     def _start(self, folder: Path | None) -> None:
@@ -115,7 +121,7 @@ class _Rank:
             self.position = replace(self.position, mixing=[*self.position.mixing, decision])
             apply(self.order, [decision])
 
-    def _step(self, step: int, feed: Feed, log: MetricsLog | None) -> dict[str, float]:
+    def _step(self, step: int, feed: Feed, log: RunLog | None) -> dict[str, float]:
         began, waited_before = time.perf_counter(), feed.waited_s
         data, counts = self._next(step, feed)
         set_learning_rate(self.engine, learning_rate(self.train, step))
@@ -131,7 +137,7 @@ class _Rank:
             waited_s=self.position.waited_s + waited,
         )
         if log is not None and ((step + 1) % self.train.log_every == 0 or step + 1 == self.train.steps):
-            log.write(self._line(step, losses, counts.num_tokens, seconds, waited))
+            log.write(self._line(step, losses, counts, seconds, waited))
         return losses
 
     def _next(self, step: int, feed: Feed) -> tuple[StepData, StepCounts]:
@@ -149,15 +155,19 @@ class _Rank:
             raise StoppedError(first_error(error) or WorkerError(f"no rank could read step {step + 1}"))
         return data, counts
 
-    def _line(self, step: int, losses: dict[str, float], tokens: int, seconds: float, waited: float) -> dict[str, Any]:
+    def _line(
+        self, step: int, losses: dict[str, float], counts: StepCounts, seconds: float, waited: float
+    ) -> dict[str, Any]:
         names, size = self.order.sources, self.train.global_batch_size
+        flops = self._flops.step(counts.num_tokens, counts.num_supervised, size)
         return {
             "step": step + 1,
             **losses,
             "lr": learning_rate(self.train, step),
             "weights": self.engine.module.weights(),
             "seconds": seconds,
-            "tokens_per_s": tokens / seconds,
+            "tokens_per_s": counts.num_tokens / seconds,
+            "mfu": None if self._peak is None else flops / seconds / self._peak,
             "data_wait_fraction": waited / seconds,
             "peak_memory_bytes": peak_memory_bytes(self.place),
             "planned": dict(zip(names, self.order.shares[step].tolist(), strict=True)),
@@ -179,10 +189,10 @@ class _Rank:
             raise StoppedError(WorkerError(message))
 
     def _figures(self, losses: dict[str, float], resumed_from: int) -> dict[str, Any]:
-        model = self.engine.module.model
+        own = [p for name, p in self.engine.module.model.named_parameters() if not is_adapter(name)]
         return {
             **asdict(self.position),
             "losses": losses,
             "resumed_from": resumed_from,
-            "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
+            "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in own),
         }

@@ -32,6 +32,10 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hand over what is left."""
         self._sink.close()
 
     def write(self, line: Line) -> None:

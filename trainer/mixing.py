@@ -19,7 +19,8 @@ from storage.sample_set import SampleSet
 from storage.union import DatasetUnion
 from trainer.batches import take_microbatches
 from trainer.collective import everyones
-from trainer.config import AdaptiveConfig, TrainConfig
+from trainer.config import TrainConfig
+from trainer.curriculum_config import AdaptiveConfig
 from trainer.engine import Place
 from trainer.feed import microbatch
 from trainer.sampler import PlannedOrder, rank_slice
@@ -51,17 +52,18 @@ def next_shares(shares: Float64Array, student: Float64Array, teacher: Float64Arr
     return np.asarray(smoothing * psi / psi.sum() + (1.0 - smoothing) * there / there.sum())
 
 
-def heldout_ids(samples: SampleSet, adaptive: AdaptiveConfig) -> dict[str, list[bytes]]:
+def heldout_ids(samples: SampleSet, adaptive: AdaptiveConfig, dataset: DatasetUnion) -> dict[str, list[bytes]]:
     """Return the held-out windows of each source that are compared: those with the smallest ids, as in evaluation.
 
     Raises:
-        InputError: a source has none.
+        InputError: the dataset has none of a source.
     """
-    found = {name: sorted(samples.ids(samples.rows("heldout", name))) for name in samples.source_names}
+    found = {name: dataset.held(sorted(samples.ids(samples.rows("heldout", name)))) for name in samples.source_names}
     empty = [name for name, ids in found.items() if not ids]
     if empty:
         raise InputError(
-            f"curriculum.adaptive compares held-out samples, but {empty[0]!r} has none; raise data.heldout_fraction"
+            f"curriculum.adaptive compares held-out samples, but {dataset.shown()} has none of {empty[0]!r}; raise "
+            "data.heldout_fraction and run the capture"
         )
     return {name: ids[: adaptive.samples] for name, ids in found.items()}
 
@@ -90,7 +92,7 @@ class Mixer:
         self, adaptive: AdaptiveConfig, samples: SampleSet, dataset: DatasetUnion, train: TrainConfig, place: Place
     ) -> None:
         self._adaptive, self._dataset, self._train, self._place = adaptive, dataset, train, place
-        self._ids = heldout_ids(samples, adaptive)
+        self._ids = heldout_ids(samples, adaptive, dataset)
         self.every = adaptive.every
 
     def decide(self, engine: Any, order: PlannedOrder, step: int) -> Decision:
@@ -126,7 +128,7 @@ class Mixer:
 
     def _batch(self, engine: Any, ids: list[bytes]) -> Float64Array:
         parts = self._dataset.parts(ids)
-        batch = microbatch(parts, range(len(ids)), self._train.loss.layers)
+        batch = microbatch(parts, range(len(ids)), self._train.loss)
         _, terms = engine(batch.to(self._place.torch_device))
         teacher = sum(float(part.targets.teacher_nll @ part.samples.num_supervised()) for part in parts)
         return np.array([float(terms[0]), teacher, batch.num_supervised])

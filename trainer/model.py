@@ -1,21 +1,25 @@
 """The student with its projectors and its loss: the module that turns a batch into what DeepSpeed minimises."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from storage.heads import FINAL, Head
-from trainer.anatomy import HeadPath, record_layers
+from trainer.anatomy import HeadPath, record_attention, record_layers
 from trainer.batches import Batch
-from trainer.config import LossConfig
+from trainer.loss_config import LossConfig
 from trainer.losses import FullTeacher, HeadTerms, chosen_divergence, head_loss, logits_loss
+from trainer.losses.attention import attention_distance
 from trainer.losses.balance import Balance
 from trainer.losses.hidden import HiddenTransfer
 from trainer.schedules import value_at
 
+if TYPE_CHECKING:
+    from trainer.ewc import Anchor
+
 TERMS = ("ce", "kl", "hidden")
-"""Terms of the loss, by the names of their weights in the config."""
+"""Terms of every loss, by the names of their weights in the config; `attention` joins them where it is asked for."""
 
 
 class DistilModel(nn.Module):
@@ -29,6 +33,7 @@ class DistilModel(nn.Module):
         transfer: HiddenTransfer | None,
         hidden_weight: float = 1.0,
         teacher_head: Head | None = None,
+        anchor: "Anchor | None" = None,
     ) -> None:
         """Put together what is trained, with the weights of the first step.
 
@@ -39,6 +44,7 @@ class DistilModel(nn.Module):
             transfer: projectors of hidden states, where there are any.
             hidden_weight: how many positions each kept hidden state stands for.
             teacher_head: the teacher's, where whole distributions are compared.
+            anchor: what holds on to earlier weights.
         """
         super().__init__()
         self._hidden_weight = hidden_weight
@@ -48,6 +54,11 @@ class DistilModel(nn.Module):
         self._loss = loss
         self._layers = list(loss.hidden_map.values()) if transfer is not None else []
         self._teacher_head = teacher_head
+        self._anchor = anchor
+        self._weighted = (*TERMS, "attention") if loss.attends else TERMS
+        self.terms = (*self._weighted, "ewc") if anchor is not None else self._weighted
+        """Names of the terms that `forward` tells."""
+        self._maps = dict(loss.attention_map) if loss.attends else {}
         self._divergence = chosen_divergence(loss) if loss.distils else None
         self.balance = Balance([float(w) for w in self._fixed(0, 1)]) if loss.adaptive == "uncertainty" else None
         self.at_step(0, 1)
@@ -59,22 +70,25 @@ class DistilModel(nn.Module):
 
     def weights(self) -> dict[str, float]:
         """Return the weight of each term, by its name in the config."""
-        return dict(zip(TERMS, self._weights, strict=True))
+        return dict(zip(self._weighted, self._weights, strict=True))
 
     def _fixed(self, step: int, steps: int) -> list[float]:
-        return [value_at(getattr(self._loss, term), step, steps) for term in TERMS]
+        return [value_at(getattr(self._loss, term), step, steps) for term in self._weighted]
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss summed over the batch's supervised positions, and its terms for the log.
 
         Returns:
-            A float32 scalar to differentiate, and the detached sums [cross-entropy, divergence, hidden], unweighted.
+            A float32 scalar to differentiate, and the detached sums of `terms`, unweighted.
         """
         learned: Tensor | None = None
         if self.balance is not None:
             learned = self.balance()
             self._weights = self.balance.weights(learned)
-        with record_layers(self.model, self._layers) as seen:
+        with (
+            record_layers(self.model, self._layers) as seen,
+            record_attention(self.model, list(self._maps.values())) as maps,
+        ):
             states = predictor_states(self.model, batch) if self.head_path != "model" else None
             total, each = self._head(batch, states)
         hidden = total.new_zeros(())
@@ -86,13 +100,22 @@ class DistilModel(nn.Module):
             hidden = self.transfer(student, batch.hidden, batch.hidden_rows, self._hidden_weight)
             total = total + self._weights[2] * hidden
         divergence = each[1] if len(each) > 1 else each.new_zeros(())
-        sums = torch.stack([each[0], divergence, hidden.detach()])
+        parts = [each[0], divergence, hidden.detach()]
+        if self._maps and batch.map_count is not None:
+            looked = {layer: maps[name] for layer, name in self._maps.items()}
+            distance = attention_distance(looked, batch.maps, batch.predictor, batch.map_count, self._hidden_weight)
+            total, parts = total + self._weights[3] * distance, [*parts, distance.detach()]
+        sums = torch.stack(parts)
         if self.balance is not None and learned is not None:
             total = total + self.balance.rest(learned, sums, batch.num_supervised)
+        if self._anchor is not None:
+            # The loss is divided by the supervised tokens of the whole step: all its batches together add it once.
+            penalty = self._anchor.penalty(self.model) * batch.num_supervised
+            total, sums = total + penalty, torch.cat([sums, penalty.detach()[None]])
         return total, sums
 
     def _head(self, batch: Batch, states: Tensor | None) -> tuple[Tensor, Tensor]:
-        hard, soft, _ = self._weights
+        hard, soft, *_ = self._weights
         terms = HeadTerms(hard, [] if self._divergence is None else [(soft, self._divergence)], self._temperature)
         teacher = self._teacher(batch)
         if states is None:

@@ -22,37 +22,39 @@ def optimize(
     changes nothing.
 
     Returns:
-        `loss`, `ce`, `kl`, `hidden` in nats per supervised token over all ranks, and `grad_norm` before clipping.
+        `loss` and the terms (`ce`, `kl`, `hidden`, …) per supervised token over all ranks, and `grad_norm` before
+        clipping.
 
     Raises:
         StoppedError: loss or gradient is not finite; before the weights change, where that can be known.
     """
     # DeepSpeed averages gradients over ranks; undo it, so that the sum over all of them remains.
     factor = place.world_size / max(num_supervised, 1)
-    sums = torch.zeros(4, dtype=torch.float64)
+    names = ("loss", *engine.module.terms)
+    sums = torch.zeros(len(names), dtype=torch.float64)
     bad: list[bytes] = []
     losses: dict[str, float] = {}
     norm: float | None = None
     for n, batch in enumerate(data.batches):
-        total, terms = engine(batch.to(place.torch_device))
-        engine.backward(total * factor, scale_wrt_gas=False)
-        values = torch.cat([total.detach()[None], terms]).double().cpu()
+        loss, terms = engine(batch.to(place.torch_device))
+        engine.backward(loss * factor, scale_wrt_gas=False)
+        values = torch.cat([loss.detach()[None], terms]).double().cpu()
         sums += values
         bad += batch.ids if not torch.isfinite(values).all() else []
         if n + 1 == len(data.batches):
-            losses = _reduce(step, sums.to(place.torch_device), num_supervised, bad)
+            total = _reduced(step, sums.to(place.torch_device), bad)
+            losses = dict(zip(names, (total / max(num_supervised, 1)).tolist(), strict=True))
             norm = gradient_norm(engine)
         engine.step()
     losses["grad_norm"] = _checked_norm(engine, train, step, data, norm)
     return losses
 
 
-def _reduce(step: int, sums: Tensor, num_supervised: int, bad: list[bytes]) -> dict[str, float]:
+def _reduced(step: int, sums: Tensor, bad: list[bytes]) -> Tensor:
     dist.all_reduce(sums)
     if not torch.isfinite(sums).all():
         raise not_finite("the loss", step, bad)
-    loss, cross_entropy, kl, hidden = (sums / max(num_supervised, 1)).tolist()
-    return {"loss": loss, "ce": cross_entropy, "kl": kl, "hidden": hidden}
+    return sums
 
 
 def _checked_norm(engine: Any, train: TrainConfig, step: int, data: StepData, before_step: float | None) -> float:

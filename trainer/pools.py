@@ -16,7 +16,7 @@ import numpy as np
 from storage.permutation import permutation
 from storage.samples import Int64Array, UInt8Array
 from storage.targets import Float32Array
-from trainer.config import DifficultyConfig
+from trainer.curriculum_config import DifficultyConfig
 
 GROUPS = 10
 """Shuffled groups of like difficulty in an ordered pass, and steps in which a pool opens."""

@@ -17,14 +17,14 @@ def fit(spec: LoopSpec) -> dict[str, Any]:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    gpu = spec.device == "gpu"
+    gpu, workers, least = spec.device == "gpu", spec.train.workers, spec.train.min_workers
     path, filesystem = checkpoint_storage(spec.run_dir)
     trainer = TorchTrainer(
         ray_train_loop,
         train_loop_config={"spec": spec},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=spec.train.workers,
+            num_workers=workers if least is None else (least, workers),
             use_gpu=gpu,
             resources_per_worker={"CPU": 1, **({"GPU": 1} if gpu else {})},
             label_selector=dict(spec.labels) or None,

@@ -1,18 +1,17 @@
 """What a run depends on, and what a finished one did."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from itertools import pairwise
 from typing import Any, Self
 
 from storage.errors import InputError
-from storage.identity import DatasetIdentity
 from storage.info import read_info
 from storage.object_store import Store
-from trainer.config import CurriculumConfig, StudentConfig, TrainConfig
 from trainer.sampler import PlannedOrder
+from trainer.spec import Training
 
 RESULT_FILE = "train_result.json"
 """Written last into the exported folder: a run that has it is done."""
@@ -21,7 +20,10 @@ MIXTURE_POINTS = 200
 """Most points of `TrainResult.mixture`."""
 
 OPERATIONAL = frozenset(
-    {"checkpoint_every", "keep_checkpoints", "max_failures", "log_every", "workers", "micro_batch_size"}
+    {
+        *("checkpoint_every", "keep_checkpoints", "max_failures", "log_every", "trackers", "peak_flops"),
+        *("workers", "min_workers", "micro_batch_size"),
+    }
 )
 """Fields of `train` that may change between a run and its continuation."""
 
@@ -42,7 +44,7 @@ class TrainResult:
     tokens_per_s: float
     data_wait_fraction: float
     losses: dict[str, float]
-    """Of the last step: loss, ce, kl, hidden (nats per supervised token) and grad_norm."""
+    """Of the last step: loss, ce, kl, hidden, ewc (per supervised token) and grad_norm."""
     order_digest: str
     """Hex running digest of all sample ids in the order in which they were consumed."""
     mixture: list[dict[str, Any]]
@@ -62,34 +64,31 @@ class TrainResult:
         return cls(**values)
 
 
-def run_facts(
-    student: StudentConfig,
-    train: TrainConfig,
-    curriculum: CurriculumConfig,
-    identity: DatasetIdentity,
-    samples_key: str,
-    also: Sequence[str] = (),
-    mixing: Sequence[Mapping[str, Any]] | None = None,
-    left_out: Sequence[bytes] = (),
-) -> dict[str, Any]:
+def run_facts(training: Training, samples_key: str) -> dict[str, Any]:
     """Return, as flat `section.field` values, everything that the trained weights depend on.
 
-    `also` are more datasets, `mixing` what another run's adaptive curriculum decided, where this one follows it,
-    `left_out` training samples that are not trained on, sorted.
+    `samples_key` is the fingerprint of the prepared samples.
     """
+    student, curriculum = training.student.model_dump(mode="json"), training.curriculum.model_dump(mode="json")
+    if training.after is None:
+        del curriculum["replay"]  # of nothing
+    else:
+        student = {"after": training.after, "frozen": student["frozen"], "lora": student["lora"]}
+    dataset: dict[str, Any] = {"fingerprint": training.identity.fingerprint}
+    if training.also:
+        dataset["also"] = [read_info(Store(url)).fingerprint for url in training.also]
+    if training.mixing is not None:
+        curriculum["follows"] = [[decision["step"], decision["shares"]] for decision in training.mixing]
+    train = {k: v for k, v in training.train.model_dump(mode="json").items() if k not in OPERATIONAL}
     sections = {
-        "student": student.model_dump(mode="json"),
-        "curriculum": curriculum.model_dump(mode="json"),
-        "train": {k: v for k, v in train.model_dump(mode="json").items() if k not in OPERATIONAL},
-        "dataset": {"fingerprint": identity.fingerprint},
+        "student": student,
+        "curriculum": curriculum,
+        "train": train,
+        "dataset": dataset,
         "samples": {"key": samples_key},
     }
-    if also:
-        sections["dataset"]["also"] = [read_info(Store(url)).fingerprint for url in also]
-    if mixing is not None:
-        sections["curriculum"]["follows"] = [[decision["step"], decision["shares"]] for decision in mixing]
-    if left_out:
-        sections["samples"]["left_out"] = blake2b(b"".join(left_out), digest_size=16).hexdigest()
+    if training.left_out:
+        sections["samples"]["left_out"] = blake2b(b"".join(training.left_out), digest_size=16).hexdigest()
     return dict(_flatten(sections, ""))
 
 

@@ -3,134 +3,107 @@
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from storage.errors import InputError
-from storage.identity import DatasetIdentity
 from storage.object_store import Store
 from storage.sample_set import SampleSet
-from storage.shard_source import DEFAULT_READING, Reading
 from storage.union import DatasetUnion
 from trainer import checkpoint
 from trainer.anatomy import examine
-from trainer.config import CurriculumConfig, LossConfig, StudentConfig, TrainConfig
 from trainer.curriculum import planned_order
-from trainer.engine import Device
+from trainer.ewc import chosen_windows
 from trainer.export import copy_tokenizer
+from trainer.loss_config import LossConfig
 from trainer.metrics import Follower
 from trainer.mixing import apply, heldout_ids
 from trainer.ray_fit import fit
 from trainer.result import RESULT_FILE, TrainResult, mixture, recorded_result, require_same_config, run_facts
 from trainer.sampler import PlannedOrder
 from trainer.served import require_served
-from trainer.spec import LoopSpec
-from trainer.student import build_student, freeze, resolve_student
+from trainer.spec import LoopSpec, Training
+from trainer.student import build_student, prepare_student, resolve_student
+from trainer.trackers import require_trackers
 
 _POLL_S = 0.5
 
 Event = Callable[[dict[str, Any]], None]
 
 
-def baseline_of(train: TrainConfig) -> TrainConfig:
-    """Return the same training with hard labels only."""
-    return train.model_copy(update={"loss": LossConfig(kl=0.0, ce=1.0)})
-
-
-def train_student(
-    student: StudentConfig,
-    train: TrainConfig,
-    curriculum: CurriculumConfig,
-    dataset_url: str,
-    identity: DatasetIdentity,
-    samples_url: str,
-    run_dir: str,
-    name: str,
-    device: Device,
-    on_event: Event,
-    tokenizer_folder: str | Path,
-    reading: Reading = DEFAULT_READING,
-    also: Sequence[str] = (),
-    mixing: Sequence[dict[str, Any]] | None = None,
-    labels: Mapping[str, str] | None = None,
-    left_out: Sequence[bytes] = (),
-) -> TrainResult:
+def train_student(training: Training, on_event: Event) -> TrainResult:
     """Train a student to the end and export it below `<run_dir>/<name>`.
 
     Called again after any interruption with the same arguments it resumes from the newest whole checkpoint and
     ends with the same sample order; called after it is done it returns the recorded result. `on_event` is called in
     this process with `{"event": "train_start" | "train_step" | "train_done", "run": name, …}`.
 
-    Args:
-        student: where the student comes from.
-        train: the loop; `train.loss` decides between student and baseline (see `baseline_of`).
-        curriculum: mixture of the sources over the steps.
-        dataset_url: captured targets of the training samples.
-        identity: what the dataset at `dataset_url` must have been captured from.
-        samples_url: the prepared samples.
-        run_dir: any fsspec URL; checkpoints, metrics and the exported model lie below it.
-        name: `student`, `baseline`, …: folder of the export and `run` in metrics.jsonl.
-        device: what the ranks run on.
-        on_event: progress.
-        tokenizer_folder: local folder whose tokenizer files are put beside the exported model.
-        reading: checks and memory of the ranks' readers; layers that the loss does not use are left unread.
-        also: further datasets, for samples that the first one does not hold.
-        mixing: decisions of another run with an adaptive curriculum (`TrainResult.mixing`), to train in its order.
-        labels: what the nodes of the ranks must carry.
-        left_out: ids of training samples that no dataset holds and the run does without, sorted.
-
     Raises:
         InputError: something does not fit together; nothing was trained.
         WorkerError: training broke down `train.max_failures` + 1 times, or its loss is not a number.
     """
-    run_dir = Store(run_dir).url
-    samples = SampleSet.open(samples_url)
-    facts = run_facts(student, train, curriculum, identity, samples.key, also, mixing, left_out)
+    training = replace(training, run_dir=Store(training.run_dir).url)
+    run_dir, name, steps = training.run_dir, training.name, training.train.steps
+    samples = SampleSet.open(training.samples_url)
+    facts = run_facts(training, samples.key)
     done = recorded_result(run_dir, name, facts)
     if done is not None:
         return done
-    folder = resolve_student(student, identity)
-    dataset = DatasetUnion.open([dataset_url, *also], identity, reading)
-    order = planned_order(samples, curriculum, train, dataset, left_out)
-    _check_dataset(dataset, order, train.loss)
-    _check_mixing(dataset, samples, curriculum)
-    _check_layers(dataset, train.loss)
-    if train.loss.transfers or student.frozen:
-        model = build_student(student, folder, identity)
-        freeze(model, student.frozen)
-        examine(model, list(train.loss.hidden_map.values()), train.zero_stage)
-    store = Store(run_dir).child(f"checkpoints/{name}")
-    resume, at = _resume_point(store, facts)
-    spec = LoopSpec(
-        name=name,
-        student=student,
-        student_folder=folder,
-        train=train,
-        curriculum=curriculum,
-        dataset_urls=tuple(Store(url).url for url in (dataset_url, *also)),
-        identity=identity,
-        samples_url=Store(samples_url).url,
-        run_dir=run_dir,
-        device=device,
-        reading=replace(reading, layers=train.loss.layers),
-        facts=facts,
-        labels=dict(labels or {}),
-        resume=resume,
-        mixing=None if mixing is None else tuple(mixing),
-        left_out=tuple(left_out),
-    )
-    on_event({"event": "train_start", "run": name, "step": at, "steps": train.steps})
-    with _followed(run_dir, name, train.steps, on_event):
+    folder, order = _checked(training, samples)
+    resume, at = _resume_point(Store(run_dir).child(f"checkpoints/{name}"), facts)
+    spec = _spec(training, folder, facts, resume)
+    on_event({"event": "train_start", "run": name, "step": at, "steps": steps})
+    with _followed(run_dir, name, steps, on_event):
         figures = fit(spec)
-    apply(order, mixing or figures["mixing"])
-    copy_tokenizer(Path(tokenizer_folder), run_dir, name)
+    copy_tokenizer(Path(training.tokenizer_folder), run_dir, name)
+    apply(order, training.mixing or figures["mixing"])
     result = _result(figures, spec, order, resumed_from=max(at, figures["resumed_from"]))
     record = {"config": facts, "result": result.to_json()}
     Store(run_dir).write(f"{name}/{RESULT_FILE}", json.dumps(record, indent=1).encode() + b"\n")
-    on_event({"event": "train_done", "run": name, "step": train.steps, "steps": train.steps, "path": result.path})
+    on_event({"event": "train_done", "run": name, "step": steps, "steps": steps, "path": result.path})
     return result
+
+
+def _checked(training: Training, samples: SampleSet) -> tuple[str | None, PlannedOrder]:
+    """Check all that can be checked before Ray is touched; returns the student's folder and the planned order."""
+    student, train = training.student, training.train
+    require_trackers(train.trackers)
+    folder = resolve_student(student, training.identity)
+    dataset = DatasetUnion.open([training.dataset_url, *training.also], training.identity, training.reading)
+    order = planned_order(samples, training.curriculum, train, dataset, training.left_out, training.earlier)
+    _check_dataset(dataset, order, train.loss)
+    _check_mixing(dataset, samples, training)
+    _check_layers(dataset, train.loss)
+    _check_ewc(training, samples, dataset)
+    if train.loss.transfers or train.loss.attends or student.frozen or student.lora:
+        model = build_student(student, folder, training.identity)
+        prepare_student(model, student, train.loss)
+        examine(model, list(train.loss.hidden_map.values()), train.zero_stage)
+    return folder, order
+
+
+def _spec(training: Training, folder: str | None, facts: dict[str, Any], resume: str | None) -> LoopSpec:
+    return LoopSpec(
+        name=training.name,
+        student=training.student,
+        student_folder=folder,
+        train=training.train,
+        curriculum=training.curriculum,
+        dataset_urls=tuple(Store(url).url for url in (training.dataset_url, *training.also)),
+        identity=training.identity,
+        samples_url=Store(training.samples_url).url,
+        run_dir=training.run_dir,
+        device=training.device,
+        reading=replace(training.reading, layers=(*training.train.loss.layers, *training.train.loss.attention_layers)),
+        facts=facts,
+        labels=dict(training.labels),
+        resume=resume,
+        mixing=None if training.mixing is None else tuple(training.mixing),
+        earlier=dict(training.earlier),
+        left_out=tuple(training.left_out),
+    )
 
 
 def _check_dataset(dataset: DatasetUnion, order: PlannedOrder, loss: LossConfig) -> None:
@@ -144,22 +117,32 @@ def _check_dataset(dataset: DatasetUnion, order: PlannedOrder, loss: LossConfig)
         )
 
 
-def _check_mixing(dataset: DatasetUnion, samples: SampleSet, curriculum: CurriculumConfig) -> None:
-    if curriculum.adaptive is None:
+def _check_mixing(dataset: DatasetUnion, samples: SampleSet, training: Training) -> None:
+    if training.curriculum.adaptive is None:
         return
-    train = samples.sample_ids[samples.rows("train")]
-    heldout = [sample_id for ids in heldout_ids(samples, curriculum.adaptive).values() for sample_id in ids]
-    missing = len(dataset.missing(train)) + len(dataset.missing(heldout))
+    heldout_ids(samples, training.curriculum.adaptive, dataset)
+    train = samples.ids(samples.rows("train"))
+    missing = len(dataset.missing(sorted({*train} - {*training.left_out})))
     if missing:
         raise InputError(
-            f"curriculum.adaptive may use any training sample and compares {len(heldout)} held-out ones, but {missing} "
-            f"of them are not in {dataset.shown()}; run the capture, which scores what is missing, with "
-            f"evaluate.samples_per_source of at least {curriculum.adaptive.samples}"
+            f"curriculum.adaptive may use any training sample, but {missing} of them are not in {dataset.shown()}; run "
+            "the capture, which scores what is missing"
         )
 
 
+def _check_ewc(training: Training, samples: SampleSet, dataset: DatasetUnion) -> None:
+    ewc = training.train.ewc
+    if ewc is None:
+        return
+    if training.student.lora is not None:
+        raise InputError(
+            "train.ewc holds on to the student's weights, which student.lora leaves alone; drop one of them"
+        )
+    chosen_windows(ewc, samples, dataset, training.earlier, training.train.seed)
+
+
 def _check_layers(dataset: DatasetUnion, loss: LossConfig) -> None:
-    if not loss.layers:
+    if not loss.layers and not loss.attention_layers:
         return
     identity = dataset.identity
     for other in dataset.datasets:
@@ -169,6 +152,13 @@ def _check_layers(dataset: DatasetUnion, loss: LossConfig) -> None:
                 "of cache.also, or train without train.loss.hidden and train.loss.exact"
             )
         held = other.identity.capture.hidden
+        for layer in loss.attention_layers:
+            if layer not in other.identity.capture.attention:
+                raise InputError(
+                    f"{other.store.shown()} holds no attention of layer {layer!r}; it holds "
+                    f"{', '.join(other.identity.capture.attention) or 'none'}. Name one of these in "
+                    "train.loss.attention_map, or add the layer to cache.attention and capture again"
+                )
         for layer in loss.layers:
             if layer not in held:
                 raise InputError(

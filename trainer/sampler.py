@@ -14,7 +14,7 @@ from storage.errors import InputError
 from storage.permutation import permutation
 from storage.samples import ID_BYTES, Int64Array, UInt8Array
 from storage.targets import Float32Array
-from trainer.config import DifficultyConfig
+from trainer.curriculum_config import DifficultyConfig
 from trainer.pools import GROUPS, Pool, by_difficulty, open_sizes
 
 EMPTY_DIGEST = bytes(ID_BYTES)

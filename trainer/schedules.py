@@ -3,7 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.config import Schedule, ScheduleConfig, TrainConfig
+from trainer.config import TrainConfig
+from trainer.loss_config import Schedule, ScheduleConfig
 
 Float64Array = NDArray[np.float64]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from storage.errors import InputError
 from storage.heads import FINAL
 from storage.identity import CaptureIdentity
-from trainer.config import LossConfig
+from trainer.loss_config import LossConfig
 
 
 @dataclass(frozen=True)

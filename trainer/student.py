@@ -11,7 +11,10 @@ from torch import nn
 from storage.errors import InputError
 from storage.identity import DatasetIdentity
 from storage.tokenizer import Tokenizer
+from trainer.anatomy import attention_module
 from trainer.config import StudentConfig
+from trainer.lora import add_lora
+from trainer.loss_config import LossConfig
 
 
 def resolve_student(student: StudentConfig, identity: DatasetIdentity) -> str | None:
@@ -66,6 +69,20 @@ def build_student(student: StudentConfig, folder: str | None, identity: DatasetI
             raise InputError(f"student.config does not make a causal language model: {error}") from error
 
 
+def prepare_student(model: Any, student: StudentConfig, loss: LossConfig | None = None) -> None:
+    """Decide what of a built student is trained: all, or its adapters, without what is frozen; see `freeze`.
+
+    Where the loss looks at attention, the student is made to compute its weights; InputError where a layer has none.
+    """
+    if loss is not None and loss.attends:
+        model.set_attn_implementation("eager")
+        for layer in loss.attention_map.values():
+            attention_module(model, layer)
+    if student.lora is not None:
+        add_lora(model, student.lora, student.seed)
+    freeze(model, student.frozen)
+
+
 def freeze(model: nn.Module, patterns: Sequence[str]) -> int:
     """Keep the parameters whose names match any pattern as they are; returns how many values that are.
 
@@ -80,7 +97,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> int:
             some = ", ".join(list(named)[:6])
             raise InputError(f"student.frozen {pattern!r} matches no parameter of the student; its names are {some}, …")
         frozen.update(matched)
-    if len(frozen) == len(named):
+    if not any(parameter.requires_grad for name, parameter in named.items() if name not in frozen):
         raise InputError(f"student.frozen {', '.join(patterns)} leaves nothing to train; name fewer modules")
     for name in frozen:
         named[name].requires_grad_(False)

@@ -64,19 +64,36 @@ def _results(data: ReportData) -> Section:
         ]
         for name, entry in evaluation.items()
     ]
-    lead = "Text that neither model was trained on."
-    if "baseline" in evaluation:
-        lead = (
-            "The baseline is the same student with the same data order and steps, trained on hard labels only: what "
-            "lies between the two is what the teacher's probabilities gave."
-        )
+    lead = (
+        "The baseline is the same student with the same data order and steps, trained on hard labels only: what lies "
+        "between the two is what the teacher's probabilities gave."
+    )
     caption = "KL, disagreement of first choices, calibration error: smaller is better."
     figures = [
         _figure("Held-out loss", "Nats per token; smaller is better.", bar_plot(losses, _three, "Held-out loss")),
         _figure("Fidelity to the teacher", caption, _fidelity(evaluation)),
         _table("Figures", head, rows, wide=True),
+        _tasks(evaluation),
+        _forgetting(evaluation.get("student", {}).get("forgetting")),
     ]
     return _section("results", "Results on held-out text", lead, figures if evaluation else [])
+
+
+def _tasks(evaluation: dict[str, Any]) -> Figure | None:
+    rows = [
+        [name, task, found["metric"], _number(found["score"]), f"{found['low']:.3f} to {found['high']:.3f}"]
+        for name, entry in evaluation.items()
+        for task, found in entry.get("tasks", {}).items()
+    ]
+    caption = "The interval holds the score of 95 in 100 samples of as many examples (bootstrap)."
+    return _table("Tasks", ["", "task", "metric", "score", "95% interval"], rows, caption)
+
+
+def _forgetting(found: dict[str, Any] | None) -> Figure | None:
+    sources = found["sources"] if found else {}
+    rows = [[source, *(_number(row[key]) for key in ("before", "after", "kl"))] for source, row in sources.items()]
+    caption = f"The student against {found['from']}, from which its last stage started." if found else ""
+    return _table("What the last stage changed", ["", "loss before", "loss after", "KL(before ‖ after)"], rows, caption)
 
 
 def _fidelity(evaluation: dict[str, Any]) -> Plot:
@@ -199,7 +216,7 @@ def _run(data: ReportData) -> Section:
             "Plan and outcome",
             ["", "planned", "happened", "difference"],
             planned,
-            "What the plan said before the run, where it could, and what came of it.",
+            "What `lectern plan` said before, where it could, and what came of it.",
             wide=True,
         ),
         _figure("Time by stage", "The last time each stage really ran.", row_plot(bars, duration, "Time by stage"))

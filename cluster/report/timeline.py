@@ -66,7 +66,7 @@ def timeline(events: Sequence[Event]) -> Timeline:
         hours=rows[-1][0],
         nodes=nodes,
         node_hours={name: _area(points) for name, points in nodes.items()},
-        replicas=_steps([(hour, float(event["replicas"].get("busy", 0))) for hour, event in fleet]),
+        replicas=[(hour, float(event["replicas"].get("busy", 0))) for hour, event in fleet],
         tokens_per_s=[(hour, float(event["tokens_per_s"])) for hour, event in fleet if event.get("tokens_per_s")],
         stages=_stages(rows),
     )
@@ -164,12 +164,6 @@ def _nodes(rows: Sequence[tuple[float, Event]]) -> dict[str, Points]:
             value = new
         lines[name] = [*points, (rows[-1][0], value)]
     return lines
-
-
-def _steps(points: Points) -> Points:
-    """Hold each value until the next one."""
-    held = [point for before, after in pairwise(points) for point in (before, (after[0], before[1]))]
-    return [*held, *points[-1:]]
 
 
 def _area(points: Points) -> float:

@@ -3,9 +3,11 @@
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.config import RunConfig
 from cluster.progress import Shown
 from cluster.rundir import RunDir, stage_key
 from cluster.selection import heldout_rows
@@ -16,6 +18,8 @@ from storage.identity import DatasetIdentity
 from storage.samples import Int64Array
 from storage.shard_source import Reading
 from storage.union import DatasetUnion, dataset_urls, open_existing
+from trainer.config import StudentConfig, TaskConfig
+from trainer.task_file import Example, read_task
 
 Ids = dict[str, list[bytes]]
 
@@ -36,6 +40,8 @@ def evaluate(work: Workspace, names: list[str]) -> dict[str, Any]:
         {source: [sample_id.hex() for sample_id in chosen] for source, chosen in ids.items()},
         {name: _trained(work.run, name) for name in names},
         settings.shown_samples,
+        _start(work.config),
+        [task.model_dump(mode="json") for task in settings.tasks],
     )
     with work.stage("evaluate") as outcome, work.progress.task("Evaluating on held-out text", "samples") as task:
         result = work.run.result("evaluate", key)
@@ -59,12 +65,30 @@ def _scored_ids(work: Workspace, rows: dict[str, Int64Array]) -> Ids:
     return found
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """What is scored, as it travels to the node that does it."""
+
+    cache: CacheConfig
+    identity: DatasetIdentity
+    run_url: str
+    names: list[str]
+    ids: Ids
+    shown_samples: int
+    tasks: list[tuple[TaskConfig, list[Example]]]
+    start: str | StudentConfig | None
+    """What the student's last stage started from: the run of the stage before, or a model; none where it was fresh."""
+
+
 def _scores(work: Workspace, names: list[str], ids: Ids, task: Shown) -> dict[str, Any]:
     """Score in this process, or, where the run has joined a cluster, on one of its nodes."""
     config = work.config
-    what = (config.cache, work.identity, work.run.url, names, ids, config.evaluate.shown_samples)
+    tasks = [(asked, read_task(asked)) for asked in config.evaluate.tasks]
+    what = Scoring(
+        config.cache, work.identity, work.run.url, names, ids, config.evaluate.shown_samples, tasks, _start(config)
+    )
     if config.cluster.joins is None:
-        return score_models(*what, config.cluster.device, task.update)
+        return score_models(what, config.cluster.device, task.update)
     import ray
 
     session = work.ray(task)
@@ -74,7 +98,7 @@ def _scores(work: Workspace, names: list[str], ids: Ids, task: Shown) -> dict[st
     # A lost node costs the evaluation, which takes minutes: it is done again elsewhere.
     remote: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3, label_selector=labels)(score_models)
     try:
-        found: dict[str, Any] = ray.get(remote.remote(*what, session.device, None))
+        found: dict[str, Any] = ray.get(remote.remote(what, session.device, None))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, LecternError):
             raise error.cause from error
@@ -82,16 +106,7 @@ def _scores(work: Workspace, names: list[str], ids: Ids, task: Shown) -> dict[st
     return found
 
 
-def score_models(
-    cache: CacheConfig,
-    identity: DatasetIdentity,
-    run_url: str,
-    names: list[str],
-    ids: Ids,
-    shown_samples: int,
-    device: str,
-    update: Callable[[float, float, str], None] | None,
-) -> dict[str, Any]:
+def score_models(what: Scoring, device: str, update: Callable[[float, float, str], None] | None) -> dict[str, Any]:
     """Return what `evaluate` keeps; `device` is `cpu`, `gpu`, or `auto` for a GPU where there is one.
 
     `update` takes how many samples are done, of how many, and the model.
@@ -99,24 +114,48 @@ def score_models(
     import torch
 
     from trainer.evaluation import evaluate_model, evaluate_teacher, token_views
+    from trainer.tasks import run_tasks
 
-    run = RunDir(run_url)
-    dataset = DatasetUnion.open(dataset_urls(cache), identity, Reading.of(cache))
+    run, ids = RunDir(what.run_url), what.ids
+    dataset = DatasetUnion.open(dataset_urls(what.cache), what.identity, Reading.of(what.cache))
     on = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     per_model = sum(len(chosen) for chosen in ids.values())
     result: dict[str, Any] = {"teacher": evaluate_teacher(dataset, ids)}
-    shown = [sample_id for chosen in ids.values() for sample_id in chosen[:shown_samples]]
-    for n, name in enumerate(names):
+    shown = [sample_id for chosen in ids.values() for sample_id in chosen[: what.shown_samples]]
+    for n, name in enumerate(what.names):
 
         def on_progress(event: dict[str, Any], before: int = n * per_model, model: str = name) -> None:
             if update is not None:
-                update(before + event["done"], len(names) * per_model, model)
+                update(before + event["done"], len(what.names) * per_model, model)
 
         with local_model(run, name) as folder:
             result[name] = evaluate_model(folder, dataset, ids, on, on_progress)
+            if what.tasks:
+                result[name]["tasks"] = run_tasks(folder, what.tasks, on)
             if name == "student" and shown:
                 result["shown"] = token_views(folder, dataset, shown, on)
+            if name == "student" and what.start is not None:
+                result[name]["forgetting"] = _forgetting(what, folder, dataset, on)
     return result
+
+
+def _start(config: RunConfig) -> str | StudentConfig | None:
+    stages = config.chain("student")
+    if len(stages) > 1:
+        return stages[-2].run
+    return config.student if config.student.path is not None else None
+
+
+def _forgetting(what: Scoring, folder: Path, dataset: DatasetUnion, device: str) -> dict[str, Any]:
+    from trainer.forgetting import forgetting
+    from trainer.student import resolve_student
+
+    with contextlib.ExitStack() as stack:
+        if isinstance(what.start, StudentConfig):
+            name, start = what.start.path, Path(str(resolve_student(what.start, what.identity)))
+        else:
+            name, start = what.start, stack.enter_context(local_model(RunDir(what.run_url), str(what.start)))
+        return {"from": name, "sources": forgetting(folder, start, dataset, what.ids, device)}
 
 
 def _trained(run: RunDir, name: str) -> list[Any]:

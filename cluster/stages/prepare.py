@@ -9,6 +9,7 @@ from cluster.checks import (
     check_future_teacher,
     check_places,
     check_student,
+    check_tasks,
     check_teacher_fits,
     uses_chat_template,
 )
@@ -33,6 +34,7 @@ def prepare(work: Workspace) -> None:
                 "model behind the endpoint: its tokenizer and config are needed to score text"
             )
     check_places(config, work.run)
+    check_tasks(config)
     work.run.write_config(config)
     with work.stage("prepare") as outcome, work.progress.task("Preparing samples", "samples") as task:
         embedded = config.teacher.name == "embedded"

@@ -15,8 +15,6 @@ RUN_DIR_KEY = "lectern_run_dir"
 """Key of a job's metadata: the run directory, without user, password and query."""
 POLL_S = 1.0
 """Seconds between looks at a job whose log has ended or cannot be followed."""
-HEAD_STARTS_S = 120.0
-"""Longest time from a head's first answer to its taking jobs."""
 _RECONNECTS = 20
 _CLOSING_S = 15.0
 
@@ -67,23 +65,16 @@ def find(client: Any, job_id: str) -> Any:
 
 
 def start(client: Any, job_id: str, command: str, runtime_env: dict[str, Any], run_dir: str) -> bool:
-    """Submit a job; returns False when another submission took the id at the same moment.
-
-    A head that has just started answers before it can take jobs: then it is asked again for `HEAD_STARTS_S`.
-    """
-    deadline = time.monotonic() + HEAD_STARTS_S
-    while True:
-        try:
-            client.submit_job(
-                entrypoint=command, submission_id=job_id, runtime_env=runtime_env, metadata={RUN_DIR_KEY: run_dir}
-            )
-            return True
-        except RuntimeError as error:
-            if "already exists" in str(error):
-                return False
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
-                raise InputError(f"the cluster did not take the job: {_reason(error)}") from error
-        time.sleep(POLL_S)
+    """Submit a job; returns False when another submission took the id at the same moment."""
+    try:
+        client.submit_job(
+            entrypoint=command, submission_id=job_id, runtime_env=runtime_env, metadata={RUN_DIR_KEY: run_dir}
+        )
+    except RuntimeError as error:
+        if "already exists" in str(error):
+            return False
+        raise InputError(f"the cluster did not take the job: {_reason(error)}") from error
+    return True
 
 
 def follow(client: Any, job_id: str, write: Callable[[str], None]) -> Any:

@@ -201,6 +201,13 @@ def test_an_adaptive_curriculum_compares_samples_that_are_scored(
     check_one_message(ended, 2, "curriculum.adaptive.samples 5 is more than evaluate.samples_per_source 4")
 
 
+def test_a_task_whose_file_is_not_there_is_told_before_anything_is_spent(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = plan(world, "evaluate.tasks=[{name: quiz, path: quiz.jsonl}]", capsys=capsys)
+    check_one_message(ended, 2, "quiz.jsonl of task quiz does not exist")
+
+
 def test_a_full_disk_breaks_the_run_with_code_1(world: World, lectern: Lectern) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))

@@ -1,6 +1,7 @@
 """One YAML, checked: overrides, and one clear message for each mistake."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -160,7 +161,8 @@ def test_every_key_is_its_own_nearest_name() -> None:
 
     paths(RunConfig, "")
     for section in RunConfig.model_fields:
-        paths(RunConfig.model_fields[section].annotation, section)  # type: ignore[arg-type]
+        annotation = RunConfig.model_fields[section].annotation
+        paths(next(iter(get_args(annotation)), annotation), section)
 
 
 def test_an_override_leaves_other_values_alone() -> None:

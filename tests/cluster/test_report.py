@@ -12,6 +12,8 @@ from cluster.report.sections import _capture_rows
 from cluster.rundir import RunDir
 from cluster.sample_view import view_sample, visible
 from cluster.stages.report import write_report
+from cluster.tables import show_result
+from cluster.terminal import Terminal
 from storage.reader import Dataset
 from storage.tokenizer import Tokenizer
 from tests.cluster.conftest import World
@@ -178,6 +180,26 @@ def test_what_the_student_said_stands_beside_the_teacher(world: World) -> None:
     run.finish("evaluate", "k", evaluation)
     text = render(collect(run, world.config, dataset, tokenizer), "x", "today")
     assert text.count("<td>0.123</td>") == int(samples.supervised.sum()) and "0.456" in text
+
+
+def test_tasks_and_what_was_forgotten_are_shown(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    run = finished_run(world)
+    evaluation = run.result("evaluate")
+    assert evaluation is not None
+    score = {"metric": "accuracy", "score": 0.625, "low": 0.5, "high": 0.75, "examples": 8}
+    for name in ("student", "baseline"):
+        evaluation[name]["tasks"] = {"quiz": score}
+    sources = {"general": {"before": 3.25, "after": 3.5, "kl": 0.125}}
+    evaluation["student"]["forgetting"] = {"from": "student-pretrain", "sources": sources}
+    run.finish("evaluate", "k", evaluation)
+    dataset, tokenizer = Dataset.open(world.values["cache"]["url"]), Tokenizer.load(world.teacher)
+    text = render(collect(run, world.config, dataset, tokenizer), "x", "today")
+    for shown in ("quiz", "0.500 to 0.750", "What the last stage changed", "student-pretrain", "KL(before ‖ after)"):
+        assert shown in text
+    show_result(Terminal(False, False), {"eval": evaluation, "run_dir": "x"})
+    printed = capsys.readouterr().out
+    for shown in ("0.625 (0.500 to 0.750)", "since student-pretrain", "3.5000"):
+        assert shown in printed
 
 
 def test_white_space_is_made_visible() -> None:

@@ -152,28 +152,6 @@ def test_a_cluster_that_is_gone_is_given_up(monkeypatch: pytest.MonkeyPatch) -> 
         jobs.follow(Log("text", [0] * 99), "job", lambda _: None)
 
 
-class Server:
-    """A job server that refuses with the given messages first."""
-
-    def __init__(self, *refusals: str) -> None:
-        self.refusals = list(refusals)
-
-    def submit_job(self, **_: Any) -> str:
-        """Refuse, or take the job."""
-        if self.refusals:
-            raise RuntimeError(f"Request failed with status code 500: {self.refusals.pop(0)}.")
-        return "job"
-
-
-def test_a_head_that_is_still_starting_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs.time, "sleep", lambda _: None)
-    starting = "No available agent to submit job, please try again later"
-    assert jobs.start(Server(starting, starting), "job", "true", {}, "run")
-    assert not jobs.start(Server(starting, "Job with submission_id job already exists"), "job", "true", {}, "run")
-    with pytest.raises(InputError, match=r"did not take the job: .*disk full"):
-        jobs.start(Server(starting, "disk full"), "job", "true", {}, "run")
-
-
 @pytest.mark.parametrize(("status", "exit_code", "expected"), [("SUCCEEDED", 0, 0), ("FAILED", 3, 3), ("FAILED", 2, 2)])
 def test_a_jobs_exit_code_is_its_commands(status: str, exit_code: int, expected: int) -> None:
     job = SimpleNamespace(status=status, driver_exit_code=exit_code, submission_id="j", message="")

@@ -177,7 +177,6 @@ def test_a_run_from_a_laptop(site: Site, tmp_path: Path) -> None:
     # Twice at once: one job, which both follow.
     first, second = site.submit("--env", "DB_PASSWORD"), site.submit("--env", "DB_PASSWORD")
     wait_for(events, '"unit_done"')
-    assert first.poll() is None and second.poll() is None
 
     # Ctrl-C leaves the job running.
     first.send_signal(signal.SIGINT)
@@ -203,7 +202,6 @@ def test_a_run_from_a_laptop(site: Site, tmp_path: Path) -> None:
     site.tell("warn")
     wait_for(events, '"node_warned"')
     wait_for_folder(site.folder / "out" / "run" / "checkpoints" / "student", "checkpoint_*/*")
-    time.sleep(5)  # Ray Train looks for reported checkpoints every two seconds; a spot machine has more time than that
     site.tell("take")
     text = third.communicate(timeout=400)[0]
     assert third.returncode == 0, text[-3000:]

@@ -51,11 +51,6 @@ def test_node_hours_are_the_area_below_the_steps() -> None:
     assert line.replicas == [(pytest.approx(0.2), 2.0)] and line.tokens_per_s[0][1] == 100.0
 
 
-def test_replicas_are_steps() -> None:
-    fleet = [at(minute, "fleet", replicas={"busy": busy}) for minute, busy in ((0, 1), (6, 3), (12, 0))]
-    assert [value for _, value in timeline(fleet).replicas] == [1, 1, 3, 3, 0]
-
-
 def test_spending_is_node_hours_times_price() -> None:
     line = timeline(RUN)
     prices = {"spot": 4.0, "head": 1.0}

@@ -14,9 +14,10 @@ from trainer.result import TrainResult
 def train_here(arguments: dict[str, Any], on_event: Any) -> TrainResult:
     """Run `train_student` on a local Ray of its own."""
     from trainer.runner import train_student
+    from trainer.spec import Training
 
     with ray_session(ClusterConfig(device="cpu"), arguments["train"].workers):
-        return train_student(**arguments, on_event=on_event)
+        return train_student(Training(**arguments), on_event)
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from storage.object_store import Store
 from storage.shard_source import Reading
 from tests.trainer.tiny import QWEN2, TinyRun, train_config
-from trainer.config import CurriculumConfig, StudentConfig
+from trainer.config import StudentConfig
+from trainer.curriculum_config import CurriculumConfig
 from trainer.metrics import parse_lines
 from trainer.spec import LoopSpec
 

@@ -10,8 +10,9 @@ from pydantic import ValidationError
 
 from storage.errors import InputError
 from tests.trainer.tiny import train_config
-from trainer.config import CurriculumConfig, LossConfig, ScheduleConfig, both_ends
 from trainer.curriculum import planned_shares
+from trainer.curriculum_config import CurriculumConfig
+from trainer.loss_config import LossConfig, ScheduleConfig, both_ends
 from trainer.schedules import learning_rate, value_at
 
 SAMPLES = {"general": 30, "domain": 10}
@@ -136,3 +137,17 @@ def test_a_learning_rate_may_have_its_own_schedule() -> None:
     np.testing.assert_allclose(rates[:4], [0.0025, 0.005, 0.0075, 0.01])
     np.testing.assert_allclose(rates[4:11], 1e-2)
     assert rates[-1] == 0
+
+
+def test_batches_must_split_at_every_number_of_ranks() -> None:
+    assert train_config(workers=4, min_workers=2, micro_batch_size=2, global_batch_size=24).min_workers == 2
+    for fields, message in (
+        ({"workers": 2, "min_workers": 3}, "min_workers 3 is more than train.workers 2"),
+        (
+            {"workers": 3, "min_workers": 1},
+            "into workers 1 to 3 × micro_batch_size 4; use a multiple of 24",
+        ),
+        ({"workers": 3}, "into workers 3 × micro_batch_size 4; use a multiple of 12"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            train_config(**fields)

@@ -9,7 +9,7 @@ from torch import Tensor
 from storage.errors import InputError
 from storage.heads import Head
 from storage.identity import CaptureIdentity
-from trainer.config import LossConfig
+from trainer.loss_config import LossConfig
 from trainer.losses import DIVERGENCES, FullTeacher, HeadTerms, SparseTargets, chosen_divergence, head_loss, logits_loss
 from trainer.losses import full as full_module
 from trainer.losses import head as head_module

@@ -7,16 +7,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from storage.heads import Head, save_head
 from storage.object_store import Store
 from tests.trainer.ranks import loop_spec, metrics_of, run_ranks
-from tests.trainer.tiny import TinyRun
+from tests.trainer.tiny import QWEN2, TinyRun
 from trainer.checkpoint import newest
-from trainer.config import CurriculumConfig, LossConfig
+from trainer.config import LoraConfig, StudentConfig
 from trainer.curriculum import planned_order
+from trainer.curriculum_config import CurriculumConfig
+from trainer.loss_config import LossConfig
 from trainer.mixing import apply
 from trainer.spec import LoopSpec
+from trainer.student import build_student
 
 pytestmark = pytest.mark.slow
 
@@ -163,6 +167,37 @@ def test_an_adaptive_mixture_by_difficulty_goes_on_as_if_unbroken(hybrid_run: Ti
     follower = replace(spec, run_dir=str(tmp_path / "follower"), mixing=tuple(whole["mixing"]))
     followed = run_ranks(replace(follower, train=spec.train.model_copy(update={"loss": LossConfig(kl=0, ce=1)})))
     assert followed["digest"] == whole["digest"]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_adapters_alone_are_trained_and_merged_into_the_export(hybrid_run: TinyRun, tmp_path: Path, stage: int) -> None:
+    spec = loop_spec(hybrid_run, tmp_path, workers=2, zero_stage=stage, steps=8, learning_rate=2e-2)
+    lora = StudentConfig(config=QWEN2, lora=LoraConfig(rank=4), frozen=["model.layers.0.*"])
+    spec = replace(spec, student=lora)
+    figures = run_ranks(spec)
+    assert curve(tmp_path, "grad_norm").min() > 0
+    start = build_student(lora, None, hybrid_run.identity)
+    assert figures["parameters"] == sum(p.numel() for p in start.parameters())
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
+    for (name, before), after in zip(start.named_parameters(), exported.parameters(), strict=True):
+        moved = ".layers.1." in name and before.dim() == 2
+        assert torch.equal(before, after) != moved, name
+
+
+def test_consolidation_holds_weights_back_on_any_number_of_ranks(hybrid_run: TinyRun, tmp_path: Path) -> None:
+    def run(name: str, workers: int, **train: object) -> Path:
+        spec = without_dropout(hybrid_run, tmp_path / name, workers=workers, loss={}, clip_norm=1e9, **train)
+        run_ranks(replace(spec, earlier={"general": 3.0, "domain": 1.0}))
+        return tmp_path / name
+
+    ewc = {"ewc": {"weight": 1e3, "samples": 6}}
+    free, one, two = run("free", 1), run("one", 1, **ewc), run("two", 2, micro_batch_size=2, **ewc)
+    for key in ("loss", "ewc", "grad_norm"):
+        np.testing.assert_allclose(curve(two, key), curve(one, key), rtol=1e-4, atol=1e-9, err_msg=key)
+    assert curve(one, "ewc")[0] == 0 < curve(one, "ewc")[-1]
+    start = build_student(StudentConfig(config=QWEN2), None, hybrid_run.identity).state_dict()
+    state = torch.cat([start[name].flatten() for name in sorted(load_file(one / "student" / "model.safetensors"))])
+    assert (weights(one) - state).norm() < 0.9 * (weights(free) - state).norm()
 
 
 def test_a_loss_that_is_not_a_number_stops_all_ranks_and_names_step_and_samples(

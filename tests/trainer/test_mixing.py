@@ -12,10 +12,12 @@ from pydantic import ValidationError
 from storage.errors import InputError
 from tests.trainer.test_sampler import POOLS, ramp
 from tests.trainer.tiny import QWEN2, TinyRun, train_config
-from trainer.config import AdaptiveConfig, CurriculumConfig, LossConfig, StudentConfig
+from trainer.config import StudentConfig
 from trainer.curriculum import planned_order
+from trainer.curriculum_config import AdaptiveConfig, CurriculumConfig
 from trainer.engine import Place
 from trainer.evaluation import evaluate_model, evaluate_teacher
+from trainer.loss_config import LossConfig
 from trainer.mixing import Mixer, apply, heldout_ids, next_shares, segments
 from trainer.model import DistilModel
 from trainer.sampler import PlannedOrder
@@ -82,7 +84,7 @@ def test_decisions_rest_on_the_losses_that_evaluation_finds(
     monkeypatch.setattr("trainer.mixing.everyones", lambda mine: parts.append(mine) or parts)
     decision = [of_rank(rank) for rank in range(world_size)][-1]
     assert engine.training
-    ids = heldout_ids(hybrid_run.samples, adaptive)
+    ids = heldout_ids(hybrid_run.samples, adaptive, hybrid_run.union)
     assert {name: len(own) for name, own in ids.items()} == {"general": 4, "domain": 4}
     assert decision.student == pytest.approx(evaluate_model(tmp_path, hybrid_run.dataset, ids)["loss"], rel=1e-5)
     assert decision.teacher == pytest.approx(evaluate_teacher(hybrid_run.dataset, ids)["loss"], rel=1e-5)
@@ -99,5 +101,5 @@ def test_what_adaptive_mixing_cannot_have_is_refused(hybrid_run: TinyRun, monkey
         CurriculumConfig.model_validate({"adaptive": {}, "max_epochs": 2})
     empty = np.arange(0)
     monkeypatch.setattr(hybrid_run.samples, "rows", lambda split, name: empty)
-    with pytest.raises(InputError, match=r"compares held-out samples, but 'general' has none"):
-        heldout_ids(hybrid_run.samples, AdaptiveConfig())
+    with pytest.raises(InputError, match=r"compares held-out samples, but .* has none of 'general'"):
+        heldout_ids(hybrid_run.samples, AdaptiveConfig(), hybrid_run.union)

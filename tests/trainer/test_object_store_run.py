@@ -11,6 +11,7 @@ from storage.object_store import Store
 from tests.trainer.tiny import TinyRun
 from trainer.metrics import parse_lines
 from trainer.runner import train_student
+from trainer.spec import Training
 
 
 @pytest.mark.slow
@@ -25,14 +26,14 @@ def test_a_run_on_an_object_store_is_taken_up_again_when_its_export_was_cut_off(
 
 def check(arguments: dict[str, Any], s3_url: str) -> None:
     """Train, lose the end of the export, and train again."""
-    first = train_student(**arguments, on_event=print)
+    first = train_student(Training(**arguments), print)
     store = Store(s3_url)
     assert {"student/config.json", "student/model.safetensors", "student/tokenizer.json"} <= set(store.list("student/"))
     lines = store.read("metrics.jsonl")
     store.delete("student/train_result.json")
     store.delete("student/tokenizer.json")
     events: list[dict[str, Any]] = []
-    again = train_student(**arguments, on_event=events.append)
+    again = train_student(Training(**arguments), events.append)
     assert (events[0]["step"], again.resumed_from) == (8, 8)
     assert (again.order_digest, again.tokens) == (first.order_digest, first.tokens)
     assert again.losses == pytest.approx(first.losses, rel=1e-5)

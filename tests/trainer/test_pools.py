@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tests.trainer.tiny import TinyRun, train_config
-from trainer.config import CurriculumConfig, DifficultyConfig
 from trainer.curriculum import planned_order
+from trainer.curriculum_config import CurriculumConfig, DifficultyConfig
 from trainer.pools import GROUPS, Pool, by_difficulty, open_sizes
 
 

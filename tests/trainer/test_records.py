@@ -14,6 +14,7 @@ from trainer.checkpoint import POSITION_FILE, SNAPSHOT_FILE, Position, keep_only
 from trainer.curriculum import planned_order
 from trainer.metrics import Follower, MetricsLog, parse_lines
 from trainer.result import mixture, recorded_result, require_same_config, run_facts
+from trainer.spec import Training
 
 
 def lines_of(folder: Path | str) -> list[tuple[str, int]]:
@@ -104,16 +105,14 @@ def test_facts_name_the_first_difference_but_not_operational_ones(hybrid_run: Ti
 
     def facts(**train: object) -> dict[str, object]:
         return run_facts(
-            kwargs["student"],
-            kwargs["train"].model_copy(update=train),
-            kwargs["curriculum"],
-            kwargs["identity"],
-            hybrid_run.samples.key,
+            Training(**{**kwargs, "train": kwargs["train"].model_copy(update=train)}), hybrid_run.samples.key
         )
 
     require_same_config(facts(), facts(max_failures=9, checkpoint_every=1, log_every=3, keep_checkpoints=5), "there")
     # Written by a release that kept the number of ranks.
     require_same_config(facts(), {**facts(workers=2, micro_batch_size=1), "train.workers": 2}, "there")
+    # Fields that joined later say nothing while they mean what their absence meant.
+    assert "train.loss.hidden_distance" not in facts()
     with pytest.raises(InputError, match=r"there was made with train.learning_rate = 0.5, this run has 0.003"):
         require_same_config(facts(), facts(learning_rate=0.5), "there")
     assert recorded_result(str(tmp_path), "student", facts()) is None

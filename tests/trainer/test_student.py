@@ -11,8 +11,9 @@ from tests.storage.tiny_tokenizers import write_tokenizer
 from tests.trainer.tiny import QWEN2, TinyRun
 from trainer.anatomy import examine
 from trainer.batches import Batch, make_batch
-from trainer.config import LossConfig, StudentConfig
+from trainer.config import StudentConfig
 from trainer.feed import channel_variance
+from trainer.loss_config import LossConfig
 from trainer.losses.hidden import HiddenTransfer
 from trainer.model import DistilModel
 from trainer.student import build_student, freeze, resolve_student
@@ -115,6 +116,46 @@ def test_hidden_states_are_compared_in_units_of_the_teachers_variance(hidden_run
     # The teacher's states have variance 4 and the fresh student says next to nothing of them.
     assert states / batch.num_supervised == pytest.approx(1.0, abs=0.3)
     assert all(p.grad.abs().sum() > 0 for p in module.transfer.parameters())
+
+
+def transfer(distance: str, norm: bool) -> tuple[HiddenTransfer, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    widths = {"final": (6, 4), "middle": (5, 3)}
+    student = {name: torch.randn(7, width[0]) * 3 for name, width in widths.items()}
+    teacher = {name: torch.randn(7, width[1]) for name, width in widths.items()}
+    variance = {name: torch.rand(width[1]) + 0.5 for name, width in widths.items()}
+    return HiddenTransfer(widths, variance, distance, norm), student, teacher  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_adapters_compare_by_squared_error_or_by_angle(norm: bool) -> None:
+    def projected(module: HiddenTransfer, n: int, states: torch.Tensor) -> torch.Tensor:
+        if norm:
+            states = (states - states.mean(-1, keepdim=True)) / (
+                states.var(-1, keepdim=True, correction=0) + 1e-5
+            ).sqrt()
+        return states @ module.projectors[n].weight.T
+
+    for distance in ("mse", "cosine"):
+        module, student, teacher = transfer(distance, norm)
+        expected = 0.0
+        for n, layer in enumerate(module.layers):
+            mine, other = projected(module, n, student[layer]).double(), teacher[layer].double()
+            if distance == "mse":
+                expected += float(((mine - other) ** 2 / module._variance[layer]).mean(-1).sum())
+            else:
+                expected += float((1 - (mine * other).sum(-1) / (mine.norm(dim=-1) * other.norm(dim=-1))).sum())
+        assert float(module(student, teacher)) == pytest.approx(expected / 2, rel=1e-5)
+        scaled = float(module({name: 10 * states for name, states in student.items()}, teacher))
+        same = scaled == pytest.approx(expected / 2, rel=1e-3)
+        # A norm takes the student's scale away, and so does an angle.
+        assert same == (norm or distance == "cosine")
+        kept = torch.tensor([1, 4])
+        part = module(student, {name: states[kept] for name, states in teacher.items()}, kept, 3.5)
+        whole = [
+            module({k: v[[i]] for k, v in student.items()}, {k: v[[i]] for k, v in teacher.items()}) for i in (1, 4)
+        ]
+        assert float(part) == pytest.approx(3.5 * float(sum(whole)), rel=1e-5)
 
 
 def test_splitting_a_batch_changes_neither_loss_nor_gradient(hidden_run: TinyRun) -> None:

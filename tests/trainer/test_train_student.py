@@ -24,10 +24,13 @@ from tests.processes import own_processes
 from tests.trainer.ranks import metrics_of
 from tests.trainer.tiny import TinyRun
 from trainer.checkpoint import newest
-from trainer.config import CurriculumConfig, StudentConfig
+from trainer.config import StudentConfig
 from trainer.curriculum import planned_order
+from trainer.curriculum_config import CurriculumConfig
 from trainer.result import TrainResult
-from trainer.runner import baseline_of, train_student
+from trainer.runner import train_student
+from trainer.spec import Training
+from trainer.stages import baseline_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,7 +39,7 @@ LONG = {"steps": 90, "workers": 2, "micro_batch_size": 2, "checkpoint_every": 7,
 
 def refused(run: TinyRun, run_dir: Path, match: str, **changes: Any) -> None:
     with pytest.raises(InputError, match=match):
-        train_student(**{**run.arguments(run_dir), **changes}, on_event=print)
+        train_student(Training(**{**run.arguments(run_dir), **changes}), print)
     assert not (run_dir / "checkpoints").exists()
 
 
@@ -57,6 +60,13 @@ def test_what_does_not_fit_is_refused_before_ray_is_touched(
     hidden = hidden.model_copy(update={"hidden_map": {"final": "model.layers.9"}})
     with_hidden = train.model_copy(update={"loss": hidden})
     refused(hidden_run, tmp_path, r"the student has no layer 'model.layers.9'", train=with_hidden)
+
+
+def test_attention_that_is_not_kept_or_not_there_is_refused(hidden_run: TinyRun, tmp_path: Path) -> None:
+    train = hidden_run.arguments(tmp_path)["train"]
+    loss = train.loss.model_copy(update={"attention": 0.1, "attention_map": {"model.layers.1": "model.layers.0"}})
+    with_maps = train.model_copy(update={"loss": loss})
+    refused(hidden_run, tmp_path, r"holds no attention of layer 'model.layers.1'; it holds none", train=with_maps)
 
 
 def test_samples_without_targets_are_refused(hybrid_run: TinyRun, tmp_path: Path) -> None:
@@ -81,10 +91,9 @@ def test_student_and_baseline_end_with_models_metrics_and_the_same_order(
 
     arguments = hybrid_run.arguments(tmp_path, workers=2, steps=12, dtype="bfloat16")
     events: list[dict[str, Any]] = []
-    student = train_student(**arguments, on_event=events.append)
-    baseline = train_student(
-        **{**arguments, "name": "baseline", "train": baseline_of(arguments["train"])}, on_event=print
-    )
+    student = train_student(Training(**arguments), events.append)
+    hard = {**arguments, "name": "baseline", "train": baseline_of(arguments["train"])}
+    baseline = train_student(Training(**hard), print)
     order = planned_order(hybrid_run.samples, arguments["curriculum"], arguments["train"])
     assert student.order_digest == baseline.order_digest == order.digest().hex()
     assert (student.steps, student.resumed_from) == (12, 0)
@@ -105,11 +114,11 @@ def test_student_and_baseline_end_with_models_metrics_and_the_same_order(
         assert Tokenizer.load(folder).digest == hybrid_run.identity.tokenizer.digest
         assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    assert train_student(**arguments, on_event=pytest.fail) == student
+    assert train_student(Training(**arguments), pytest.fail) == student
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     other = arguments["train"].model_copy(update={"learning_rate": 1.0})
     with pytest.raises(InputError, match=r"was made with train.learning_rate = 0.003, this run has 1.0"):
-        train_student(**{**arguments, "train": other}, on_event=print)
+        train_student(Training(**{**arguments, "train": other}), print)
 
 
 @pytest.mark.slow
@@ -119,9 +128,22 @@ def test_a_loss_that_is_not_a_number_ends_the_run_at_once_and_keeps_the_checkpoi
     arguments = hybrid_run.arguments(tmp_path, workers=2, steps=12, checkpoint_every=1, dtype="float32")
     wild = arguments["train"].model_copy(update={"learning_rate": 1e30, "clip_norm": 1e30, "warmup_steps": 0})
     with pytest.raises(WorkerError, match=r"of step \d is not finite; samples [0-9a-f]{32}"):
-        train_student(**{**arguments, "train": wild}, on_event=print)
+        train_student(Training(**{**arguments, "train": wild}), print)
     assert newest(Store(tmp_path / "checkpoints" / "student"))[1].step >= 1
     assert not (tmp_path / "student").exists()
+
+
+@pytest.mark.slow
+def test_an_elastic_run_trains_with_the_ranks_that_there_are(
+    hybrid_run: TinyRun, local_ray: None, tmp_path: Path
+) -> None:
+    fields = {"steps": 4, "workers": 4, "micro_batch_size": 2, "global_batch_size": 48, "checkpoint_every": 2}
+    result = train_student(Training(**hybrid_run.arguments(tmp_path, **fields, min_workers=1)), print)
+    found = newest(Store(tmp_path / "checkpoints" / "student"))
+    assert found is not None and found[1].world_size == 2  # this Ray has room for two
+    plan = hybrid_run.arguments(tmp_path, **fields)
+    order = planned_order(hybrid_run.samples, plan["curriculum"], plan["train"])
+    assert result.order_digest == order.digest().hex()
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +151,7 @@ def unbroken(
     hybrid_run: TinyRun, local_ray: None, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, TrainResult]:
     run_dir = tmp_path_factory.mktemp("unbroken")
-    return run_dir, train_student(**hybrid_run.arguments(run_dir, **LONG), on_event=print)
+    return run_dir, train_student(Training(**hybrid_run.arguments(run_dir, **LONG)), print)
 
 
 def assert_same_run(run_dir: Path, result: TrainResult, unbroken: tuple[Path, TrainResult]) -> None:
@@ -152,7 +174,7 @@ def test_a_killed_rank_is_replaced_and_the_run_ends_as_if_unbroken(
             killed.append(own_processes("ray::RayTrainWorker")[-1])
             os.kill(killed[-1], signal.SIGKILL)
 
-    result = train_student(**hybrid_run.arguments(tmp_path, **LONG), on_event=kill_once)
+    result = train_student(Training(**hybrid_run.arguments(tmp_path, **LONG)), kill_once)
     assert killed
     assert_same_run(tmp_path, result, unbroken)
 
@@ -176,7 +198,7 @@ def test_a_killed_driver_is_resumed_by_the_same_call(
         os.truncate(snapshot, 20)  # as if the controller had been killed while it wrote
     time.sleep(3)  # the killed run's ranks end by themselves when their driver is gone
     events: list[dict[str, Any]] = []
-    result = train_student(**arguments, on_event=events.append)
+    result = train_student(Training(**arguments), events.append)
     assert result.resumed_from == events[0]["step"]
     assert result.resumed_from >= at_step - 10
     assert_same_run(tmp_path / "run", result, unbroken)

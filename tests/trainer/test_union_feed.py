@@ -15,12 +15,13 @@ from storage.union import DatasetUnion
 from storage.writer import DatasetWriter
 from tests.trainer.tiny import QWEN2, TinyRun, made_up_targets, make_run, train_config
 from trainer.batches import join_batches, make_batch
-from trainer.config import CurriculumConfig
 from trainer.curriculum import planned_order
+from trainer.curriculum_config import CurriculumConfig
 from trainer.feed import step_loader
 from trainer.losses import ForwardKL, HeadTerms, head_loss
 from trainer.model import predictor_states
 from trainer.runner import train_student
+from trainer.spec import Training
 
 TERMS = HeadTerms(cross_entropy=0.1, divergences=[(0.9, ForwardKL())])
 
@@ -117,10 +118,10 @@ def test_hidden_states_of_another_teacher_are_refused(union_run: tuple[TinyRun, 
     run, urls = union_run
     arguments = run.arguments(tmp_path, loss={"hidden": 0.1, "hidden_map": {"final": "model.norm"}})
     with pytest.raises(InputError, match=r"holds (another teacher's|no) hidden states"):
-        train_student(**arguments, on_event=lambda _event: None, also=urls[1:])
+        train_student(Training(**arguments, also=urls[1:]), lambda _event: None)
 
 
 def test_samples_in_none_of_the_datasets_are_refused(union_run: tuple[TinyRun, list[str]], tmp_path: Path) -> None:
     run, urls = union_run
     with pytest.raises(InputError, match=r"samples that the curriculum uses are not in .*own, .*topk; run the capture"):
-        train_student(**run.arguments(tmp_path), on_event=lambda _event: None, also=urls[1:2])
+        train_student(Training(**run.arguments(tmp_path), also=urls[1:2]), lambda _event: None)

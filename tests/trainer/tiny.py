@@ -1,7 +1,8 @@
 """A tiny run for the tests of this room: text, samples, and a dataset of made-up targets."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from storage.config import DataConfig, SourceConfig
 from storage.draws import sampled_logprob
+from storage.hidden import attention_lengths
 from storage.identity import CaptureIdentity, DatasetIdentity, TeacherIdentity, TokenizerIdentity
 from storage.reader import Dataset
 from storage.sample_set import SampleSet, prepare_samples
@@ -19,7 +21,8 @@ from storage.tokenizer import Tokenizer
 from storage.union import DatasetUnion
 from storage.writer import DatasetWriter
 from tests.storage.tiny_tokenizers import write_tokenizer
-from trainer.config import CurriculumConfig, StudentConfig, TrainConfig
+from trainer.config import StudentConfig, TrainConfig
+from trainer.curriculum_config import CurriculumConfig
 
 WORDS = [
     "the",
@@ -115,6 +118,7 @@ def make_run(
     pack: bool = True,
     documents: int = 60,
     draw_sets: int = 1,
+    attention: tuple[str, ...] = (),
 ) -> TinyRun:
     """Write text of two sources, its samples, and targets of a made-up teacher for all of them."""
     rng = np.random.default_rng(0)
@@ -141,6 +145,7 @@ def make_run(
                 "seed": 0 if kind in {"hybrid", "sampled"} else None,
                 "hidden": sorted(hidden),
                 "hidden_dtype": "float16" if hidden else None,
+                "attention": sorted(attention),
             }
         ),
     )
@@ -149,6 +154,8 @@ def make_run(
     for n, rows in enumerate(np.array_split(np.arange(samples.num_samples), 3)):
         batch = samples.read(rows)
         targets = made_up_targets(batch, kind, tokenizer.vocab_size, hidden, draw_sets)
+        if attention:
+            targets = replace(targets, **made_up_attention(batch, attention))
         writer.commit(f"unit{n}", batch, targets, attempt=0)
     return TinyRun(folder, tokenizer_folder, samples, url, identity)
 
@@ -161,6 +168,18 @@ def teacher_logits(samples: SampleBatch, vocab_size: int) -> NDArray[np.float64]
     logits = table[previous]
     logits[np.arange(len(tokens)), tokens] += 3.0
     return np.asarray(logits)
+
+
+def made_up_attention(
+    samples: SampleBatch, layers: Sequence[str], kept: NDArray[np.bool_] | None = None
+) -> dict[str, Any]:
+    """Return the fields of attention of a `TargetBatch`, random rows at the `kept` positions."""
+    lengths = attention_lengths(samples)
+    count = (lengths if kept is None else np.where(kept, lengths, 0)).astype(np.int32)
+    rng = np.random.default_rng(2)
+    rows = {layer: [rng.dirichlet(np.ones(n)) for n in count if n] for layer in layers}
+    maps = {layer: np.concatenate(own).astype(np.float16) for layer, own in rows.items()}
+    return {"attention": maps, "attention_count": count}
 
 
 def made_up_targets(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from trainer.config import LossConfig
+from trainer.loss_config import LossConfig
 from trainer.losses.adaptive_kl import AdaptiveKL
 from trainer.losses.forward_kl import ForwardKL
 from trainer.losses.jsd import JSD
