@@ -141,7 +141,8 @@ def _check_entries(samples: SampleBatch, targets: TargetBatch, identity: Dataset
     _refuse_positions(bad, samples, targets, f"positions without {least} to {limit} entries")
     offsets = targets.entry_offsets
     outside = (targets.id < 0) | (targets.id >= vocab_size)
-    _refuse_entries(outside, offsets, samples, targets, f"target ids that are not below {vocab_size}")
+    what = f"{vocab_size} classes" if identity.capture.classes else f"vocabulary of {vocab_size}"
+    _refuse_entries(outside, offsets, samples, targets, f"target ids outside the {what}")
     _refuse_entries(targets.logprob > MAX_LOGPROB, offsets, samples, targets, "log-probabilities above 0")
     outside = (targets.tail_mass < 0) | (targets.tail_mass > 1 + MAX_LOGPROB)
     _refuse_positions(outside, samples, targets, "a tail mass outside 0 to 1")

@@ -136,7 +136,7 @@ def test_a_dataset_of_classes_is_read_back_and_verified(tmp_path: Path, tokenize
     assert "task" not in next_token.model_dump(mode="json")["capture"], "an old fingerprint would change"
     wrong = written.id.copy()
     wrong[0] = CLASSES
-    with pytest.raises(IntegrityError, match=f"not below {CLASSES}"):
+    with pytest.raises(IntegrityError, match=f"outside the {CLASSES} classes"):
         check_contract(samples, type(written)(**{**vars(written), "id": wrong}), identity)
 
 
