@@ -51,7 +51,8 @@ def test_it_is_whole_on_every_screen(report: Path, width: int, scheme: str) -> N
     assert page.requests == [report.as_uri()]
     assert page.scroll_width == width and page.values["wide"] == []
     assert len(page.values["plots"]) >= 8 and page.values["empty"] == 0
-    assert all(height > 60 for _, height in page.values["plots"]), page.values["plots"]
+    flat = [plot for plot in page.values["plots"] if plot[1] < 15]  # one row of bars on a phone has 20 pixels
+    assert flat == []
     assert {"Machines", "Failures survived", "The run"} <= set(page.values["titles"])
     channels = [int(part) for part in page.values["background"].removeprefix("rgb(").rstrip(")").split(",")]
     assert (sum(channels) > 600) == (scheme == "light")
