@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Where this is set, as in many container images, each of a run's processes compiles torch and transformers anew: 10 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test unit slow lint audit bench clean
+.PHONY: demo test unit slow soak lint audit bench clean
 
 .venv/bin/uv: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -28,10 +28,14 @@ demo: .venv/run.stamp
 test: lint unit slow
 
 unit: .venv/dev.stamp
-	$(BIN)/python -m pytest -m "not slow" -n 2
+	$(BIN)/python -m pytest -m "not slow and not soak" -n 2
 
 slow: .venv/dev.stamp
 	$(BIN)/python -m pytest -m slow
+
+# Processes and nodes of a real Ray cluster killed at random; the long version: python -m benchmarks.soak --kills 100
+soak: .venv/dev.stamp
+	$(BIN)/python -m pytest -m soak
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
