@@ -1,8 +1,8 @@
 """What a model is made of: where its logits come from, how wide its layers are, and what they put out."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,9 @@ from storage.errors import InputError
 
 HeadPath = Literal["fused", "module", "model"]
 """How logits come about: the head's weight chunk by chunk, the head's own forward, or the whole model's."""
+
+Recording = AbstractContextManager[dict[str, Tensor]]
+"""Gives layer → tensor; filled by each forward pass while it is open."""
 
 _PROBE_TOKENS = 4
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -66,39 +69,41 @@ def attention_module(model: nn.Module, layer: str) -> nn.Module:
     return model.get_submodule(found[0])
 
 
-@contextmanager
-def record_attention(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def record_attention(model: nn.Module, layers: Sequence[str]) -> Recording:
     """Collect the attention weights of layers, [N, heads, L, L], while the context is open; needs eager attention."""
-    seen: dict[str, Tensor] = {}
+    modules = {layer: attention_module(model, layer) for layer in layers}
+    return _record(modules, lambda _layer, _inputs, output: output[1])
 
-    def watch(layer: str) -> Any:
-        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            seen[layer] = output[1]
 
-        return attention_module(model, layer).register_forward_hook(keep)
+def record_layers(model: Any, layers: Sequence[str]) -> Recording:
+    """Collect the outputs of named modules while the context is open; `final` is the input of the output head."""
 
-    handles = [watch(layer) for layer in dict.fromkeys(layers)]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+    def state(layer: str, inputs: tuple[Tensor, ...], output: Any) -> Tensor:
+        value: Any = inputs[0] if layer == "final" else output
+        picked: Tensor = value[0] if isinstance(value, tuple) else value
+        return picked
+
+    def module(layer: str) -> nn.Module:
+        found: nn.Module = model.get_output_embeddings() if layer == "final" else model.get_submodule(layer)
+        return found
+
+    return _record({layer: module(layer) for layer in layers}, state)
 
 
 @contextmanager
-def record_layers(model: Any, layers: list[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs of named modules while the context is open; `final` is the input of the output head."""
+def _record(
+    modules: Mapping[str, nn.Module], pick: Callable[[str, tuple[Tensor, ...], Any], Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """Collect what `pick` takes of each module's inputs and output while the context is open."""
     seen: dict[str, Tensor] = {}
 
-    def watch(layer: str) -> Any:
+    def watch(layer: str, module: nn.Module) -> Any:
         def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-            value = inputs[0] if layer == "final" else output
-            seen[layer] = value[0] if isinstance(value, tuple) else value
+            seen[layer] = pick(layer, inputs, output)
 
-        module = model.get_output_embeddings() if layer == "final" else model.get_submodule(layer)
         return module.register_forward_hook(keep)
 
-    handles = [watch(layer) for layer in dict.fromkeys(layers)]
+    handles = [watch(layer, module) for layer, module in modules.items()]
     try:
         yield seen
     finally:

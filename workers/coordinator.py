@@ -14,12 +14,12 @@ from storage.identity import DatasetIdentity
 from storage.sample_set import SampleSet
 from storage.samples import Int64Array
 from workers.config import TeacherConfig
-from workers.fleet import LocalReplicas, fleet_policy, local_kind, log_hint, rank_bundle
+from workers.fleet import log_hint
 from workers.local.rank import CaptureJob, Rank, UnitReceipt
-from workers.loop import FleetLoop, OnEvent, brief
+from workers.local_fleet import local_loop
+from workers.loop import OnEvent, brief
 from workers.metrics import FleetMetrics
 from workers.model_folder import model_facts
-from workers.resources import autoscaler_refuses, free_resources, placement_strategy
 from workers.result import CaptureResult
 from workers.units import WorkUnit
 from workers.work import plan_work
@@ -56,13 +56,10 @@ def capture(
         WorkerError: no replica could be started, or the teacher refuses too many samples.
     """
     notify = on_event or (lambda event: None)
-    on_device = "cuda" if device in {"gpu", "cuda"} else "cpu"
     with plan_work(teacher, cache, samples, rows, identity, notify, model_facts(model_folder).vocab_size) as work:
         result = CaptureResult(reused_samples=work.reused, refused=dict(work.refused.reasons))
         if not len(work.units):
             return result
-        bundle = rank_bundle(on_device)
-        strategy = placement_strategy(bundle, teacher.ranks, may_grow=may_grow)
         job = CaptureJob(teacher, model_folder, samples.url, cache.url, identity)
         metrics = FleetMetrics()
 
@@ -74,19 +71,12 @@ def capture(
             work.refused.add(receipt.refused)
             return result.add(unit, receipt)
 
-        loop = FleetLoop(
-            work.in_any_order(),
-            work.units.tokens,
-            [local_kind(teacher, on_device, price_per_hour)],
-            LocalReplicas(job, on_device, strategy, rank_class, labels).make,
-            fleet_policy(teacher),
-            tell,
-            on_done,
-            why_waiting=free_resources,
-            hopeless=lambda kind: may_grow and autoscaler_refuses(bundle),
+        units = work.in_any_order()
+        loop = local_loop(
+            units, work.units.tokens, teacher, job, rank_class, device, tell, on_done, price_per_hour, may_grow, labels
         )
         try:
-            loop.run()
+            result.run(loop, work.refused.reasons)
         except LecternError:
             raise
         except Exception as error:
@@ -94,6 +84,4 @@ def capture(
                 f"the teacher did not start, {teacher.max_attempts} times in a row: {brief(error)}; a rank that dies "
                 f"while loading is often out of memory: {log_hint()}, or raise teacher.ranks"
             ) from error
-        finally:
-            result.close(loop, work.refused.reasons)
         return result

@@ -13,19 +13,19 @@ from typing import Any
 import ray
 
 from storage.config import CacheConfig
-from storage.errors import LecternError, WorkerError
 from storage.identity import DatasetIdentity
 from storage.sample_set import SampleSet
 from storage.samples import Int64Array
-from workers.api.actor import ApiJob, ApiReceipt, LedgerOwner
-from workers.api.capture import ApiCaptureResult, ApiReplica, api_kind
+from workers.api.actor import ApiJob, ApiReceipt
+from workers.api.capture import ApiCaptureResult, ApiReplica, api_kind, spending
 from workers.api.scoring import ScoringMethod
 from workers.config import TeacherConfig
 from workers.coordinator import capture
-from workers.fleet import LocalReplicas, fleet_policy, local_kind, rank_bundle, root_cause
+from workers.fleet import LocalReplicas, fleet_policy, local_kind, rank_bundle
 from workers.ledger.ledger import Budget
 from workers.local.rank import CaptureJob, Rank
-from workers.loop import FleetLoop, OnEvent, brief
+from workers.local_fleet import rank_device
+from workers.loop import FleetLoop, OnEvent
 from workers.model_folder import model_facts
 from workers.policy import ReplicaKind
 from workers.replica import Post, Replica
@@ -66,7 +66,7 @@ def capture_mixed(
         if len(work.units):
             local = CaptureJob(teacher, model_folder, samples.url, cache.url, identity)
             api = ApiJob(teacher, samples.url, cache.url, identity, method, cache.retry_refused)
-            on_device = "cuda" if device in {"gpu", "cuda"} else "cpu"
+            on_device = rank_device(device)
             kinds = mixed_kinds(teacher, on_device, price_per_hour, tokens_per_s)
             strategy = placement_strategy(rank_bundle(on_device), teacher.ranks, may_grow=may_grow)
             here = LocalReplicas(local, on_device, strategy, Rank, labels)
@@ -115,20 +115,18 @@ def _run(
     budget: Budget,
     on_event: OnEvent,
 ) -> None:
-    owner = ray.remote(LedgerOwner).options(num_cpus=0, max_restarts=0).remote(ledger_url, budget)
+    with spending(result, ledger_url, budget, "the teacher") as owner:
 
-    def make(number: int, kind: ReplicaKind, post: Post) -> Replica[WorkUnit]:
-        return ApiReplica(number, api, owner, post) if kind.name == "api" else here.make(number, kind, post)
+        def make(number: int, kind: ReplicaKind, post: Post) -> Replica[WorkUnit]:
+            return ApiReplica(number, api, owner, post) if kind.name == "api" else here.make(number, kind, post)
 
-    def on_done(unit: WorkUnit, receipt: Any) -> dict[str, Any]:
-        work.refused.add(receipt.refused)
-        if not isinstance(receipt, ApiReceipt):
-            return {"by": "local", **result.add(unit, receipt)}
-        on_event({"event": "spending", **vars(ray.get(owner.standing.remote()))})
-        return {"by": "api", **result.add_receipt(unit, receipt)}
+        def on_done(unit: WorkUnit, receipt: Any) -> dict[str, Any]:
+            work.refused.add(receipt.refused)
+            if not isinstance(receipt, ApiReceipt):
+                return {"by": "local", **result.add(unit, receipt)}
+            on_event({"event": "spending", **vars(ray.get(owner.standing.remote()))})
+            return {"by": "api", **result.add_receipt(unit, receipt)}
 
-    try:
-        ray.get(owner.standing.remote())
         loop = FleetLoop(
             work.in_any_order(),
             work.units.tokens,
@@ -139,14 +137,4 @@ def _run(
             on_done,
             why_waiting=free_resources,
         )
-        try:
-            loop.run()
-        finally:
-            result.close(loop, work.refused.reasons)
-        result.standing = ray.get(owner.standing.remote())
-    except LecternError as error:
-        raise root_cause(error) from None
-    except Exception as error:
-        raise WorkerError(f"the teacher did not work: {brief(root_cause(error))}") from error
-    finally:
-        ray.kill(owner)
+        result.run(loop, work.refused.reasons)

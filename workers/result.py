@@ -81,6 +81,13 @@ class CaptureResult:
             "commit_s": round(receipt.commit_s, 4),
         }
 
+    def run(self, loop: FleetLoop[WorkUnit], refused: Mapping[str, int]) -> None:
+        """Let a fleet work, and `close` however it ends."""
+        try:
+            loop.run()
+        finally:
+            self.close(loop, refused)
+
     def close(self, loop: FleetLoop[WorkUnit], refused: Mapping[str, int]) -> None:
         """Take from a fleet what it was and what it could not do, and from the teacher what it would not do."""
         self.refused = dict(refused)

@@ -1,7 +1,8 @@
 """Feeds units to API replicas, by the same loop and dispatcher as local ones, until the dataset holds what it can."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,35 +130,42 @@ def capture_api(
         result = ApiCaptureResult(reused_samples=work.reused, refused=dict(work.refused.reasons))
         if not len(work.units):
             return result
-        owner = ray.remote(LedgerOwner).options(num_cpus=0, max_restarts=0).remote(ledger_url, budget)
         job = ApiJob(teacher, samples.url, cache.url, identity, method, cache.retry_refused)
 
-        def on_done(unit: WorkUnit, receipt: ApiReceipt) -> dict[str, Any]:
-            told = result.add_receipt(unit, receipt)
-            on_event({"event": "spending", **vars(ray.get(owner.standing.remote()))})
-            work.refused.add(receipt.refused)
-            return told
+        with spending(result, ledger_url, budget, "the API teacher") as owner:
 
-        def make(number: int, _kind: ReplicaKind, post: Post) -> ApiReplica:
-            return ApiReplica(number, job, owner, post)
+            def on_done(unit: WorkUnit, receipt: ApiReceipt) -> dict[str, Any]:
+                told = result.add_receipt(unit, receipt)
+                on_event({"event": "spending", **vars(ray.get(owner.standing.remote()))})
+                work.refused.add(receipt.refused)
+                return told
 
-        try:
-            ray.get(owner.standing.remote())
-            loop = FleetLoop(
-                work.units, work.units.tokens, [api_kind(teacher)], make, fleet_policy(teacher), on_event, on_done
-            )
-            try:
-                loop.run()
-            finally:
-                result.close(loop, work.refused.reasons)
-            result.standing = ray.get(owner.standing.remote())
-        except LecternError as error:
-            raise root_cause(error) from None
-        except Exception as error:
-            raise WorkerError(f"the API teacher did not work: {brief(root_cause(error))}") from error
-        finally:
-            ray.kill(owner)
+            def make(number: int, _kind: ReplicaKind, post: Post) -> ApiReplica:
+                return ApiReplica(number, job, owner, post)
+
+            kinds = [api_kind(teacher)]
+            loop = FleetLoop(work.units, work.units.tokens, kinds, make, fleet_policy(teacher), on_event, on_done)
+            result.run(loop, work.refused.reasons)
         return result
+
+
+@contextmanager
+def spending(result: ApiCaptureResult, ledger_url: str, budget: Budget, who: str) -> Iterator[Any]:
+    """Give the actor that owns the ledger while a fleet works; the account at the end goes into the result.
+
+    Errors of the fleet come out as those of ours that they are, or as WorkerError that says `who` did not work.
+    """
+    owner = ray.remote(LedgerOwner).options(num_cpus=0, max_restarts=0).remote(ledger_url, budget)
+    try:
+        ray.get(owner.standing.remote())
+        yield owner
+        result.standing = ray.get(owner.standing.remote())
+    except LecternError as error:
+        raise root_cause(error) from None
+    except Exception as error:
+        raise WorkerError(f"{who} did not work: {brief(root_cause(error))}") from error
+    finally:
+        ray.kill(owner)
 
 
 def api_kind(teacher: TeacherConfig) -> ReplicaKind:

@@ -15,7 +15,7 @@ from workers.api.generation import Author, chat_request
 from workers.api.prompts import Prompt, prompt_ids
 from workers.config import TeacherConfig
 from workers.local.writing_rank import WritingJob, WritingRank, WritingReceipt, WritingUnit
-from workers.loop import FleetLoop, OnEvent, brief
+from workers.loop import OnEvent, brief
 
 
 class WritingPlan(Sequence[WritingUnit]):
@@ -122,23 +122,13 @@ def write_missing(
         StorageError: the store failed.
         WorkerError: no replica could be started.
     """
-    from workers.fleet import LocalReplicas, fleet_policy, local_kind, log_hint, rank_bundle
-    from workers.resources import autoscaler_refuses, free_resources, placement_strategy
+    from workers.fleet import log_hint
+    from workers.local_fleet import local_loop
 
-    on_device = "cuda" if device in {"gpu", "cuda"} else "cpu"
-    bundle, result = rank_bundle(on_device), WritingResult()
+    result = WritingResult()
     job = WritingJob(teacher, config, model_folder, answers_url)
-    strategy = placement_strategy(bundle, teacher.ranks, may_grow=may_grow)
-    loop = FleetLoop(
-        plan,
-        plan.tokens,
-        [local_kind(teacher, on_device, price_per_hour)],
-        LocalReplicas(job, on_device, strategy, WritingRank, labels).make,
-        fleet_policy(teacher),
-        on_event,
-        result.add,
-        why_waiting=free_resources,
-        hopeless=lambda kind: may_grow and autoscaler_refuses(bundle),
+    loop = local_loop(
+        plan, plan.tokens, teacher, job, WritingRank, device, on_event, result.add, price_per_hour, may_grow, labels
     )
     try:
         loop.run()
