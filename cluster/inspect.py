@@ -94,8 +94,7 @@ def _hidden(dataset: Dataset) -> dict[str, Any]:
         layer: {
             "dtype": layout.dtype,
             "width": layout.width,
-            "bytes_per_state": stored_columns(layout.dtype, layout.width)
-            * np.dtype(NUMPY_DTYPES[layout.dtype]).itemsize,
+            "bytes_per_state": _state_bytes(layout.dtype, layout.width),
             "projection_loss": loss.get(layer),
         }
         for layer, layout in layouts.items()

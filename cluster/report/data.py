@@ -21,7 +21,6 @@ from storage.reader import Dataset
 from storage.tokenizer import Tokenizer
 from storage.union import DatasetUnion
 
-RUNS = ("student", "baseline")
 STAGES = ("prepare", "teacher", "capture", "student", "baseline", "evaluate")
 
 _MIXTURE_BINS = 60

@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Self
 
 from workers.api.config import PricesConfig, RatesConfig
-from workers.ledger.amounts import PICO, Amount, to_pico
+from workers.ledger.amounts import Amount, to_pico
 
 DAY_MINUTES = 24 * 60
 _PER = 10**6  # prices are per million tokens
@@ -101,11 +101,6 @@ class Prices:
             if inside:
                 return rates
         return self._standard
-
-
-def price_text(money: int, currency: str) -> str:
-    """Return an amount in picos for people, e.g. `0.0123 USD`."""
-    return f"{money / PICO:,.4g} {currency}"
 
 
 def _span(hours: str) -> tuple[int, int]:
