@@ -155,13 +155,24 @@ class RunConfig(Settings):
                 f"teacher.task {task} looks at one document at a time; set data.pack: false and data.supervise: "
                 f"{wanted}"
             )
+        if self.evaluate.tasks:
+            raise ValueError(f"evaluate.tasks ask for text, which a student of teacher.task {task} does not write")
+        if any(stage.curriculum.adaptive for stage in self.chain("student")):
+            raise ValueError(
+                f"curriculum.adaptive compares losses of next tokens; with teacher.task {task} give the shares in "
+                "curriculum.start and curriculum.end"
+            )
         return self
+
+    @property
+    def _capture(self) -> CaptureIdentity:
+        return CaptureIdentity.of(self.cache).model_copy(update={"task": self.teacher.task})
 
     @model_validator(mode="after")
     def _targets_serve_the_loss(self) -> Self:
         try:
             for stage in self.chain("student"):
-                require_served(stage.train.loss, CaptureIdentity.of(self.cache))
+                require_served(stage.train.loss, self._capture)
         except InputError as error:
             raise ValueError(str(error)) from error
         return self

@@ -154,7 +154,9 @@ def show_result(out: Terminal, figures: dict[str, Any]) -> None:
 def _evaluation(evaluation: dict[str, Any]) -> Any:
     models = {name: evaluation[name] for name in ("teacher", "student", "baseline") if evaluation.get(name)}
     sources = list(next(iter(models.values()))["loss"])
-    table = _table("held-out", *(f"loss {source}" for source in sources), "KL to teacher", "top-1 agrees", "ECE")
+    accuracy = ["accuracy"] if any(entry.get("accuracy") is not None for entry in models.values()) else []
+    columns = (*(f"loss {source}" for source in sources), "KL to teacher", "top-1 agrees", "ECE", *accuracy)
+    table = _table("held-out", *columns)
     for name, entry in models.items():
         losses = (f"{entry['loss'][source]:.4f}" for source in sources)
         table.add_row(
@@ -163,6 +165,7 @@ def _evaluation(evaluation: dict[str, Any]) -> Any:
             _known(entry["kl_to_teacher"], ".4f"),
             _known(entry["top1_agreement"], ".1%"),
             _known(entry["ece"], ".4f"),
+            *(_known(entry.get(column), ".1%") for column in accuracy),
         )
     return table
 

@@ -47,6 +47,10 @@ class SourceConfig(Settings):
     tokens_field: str | None = added(None)
     """Field that holds token ids, taken as they are, with `supervised`, true for those to be learnt, beside it; e.g.
     `tokens` of what `lectern generate` keeps with `generate.logprobs`. Used where set and present."""
+    label_field: str | None = added(None)
+    """Field that holds the class of a text, a number as the `id2label` of a teacher that classifies counts them; beside
+    `tokens_field` a list of one for each token, −100 where there is none. The student's hard labels; null where a row
+    has none."""
     clean: CleaningConfig = CleaningConfig()
     """Normalisation steps for this source."""
     max_documents: int | None = Field(default=None, ge=1)

@@ -4,7 +4,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from storage.config import SourceConfig
 from storage.embedded_text import EMBEDDED_PREFIX, embedded_documents
 from storage.errors import InputError
 from storage.inputs import InputFile, open_input, reading, resolve_inputs
+from storage.samples import NO_LABEL
 from storage.splitting import blocks_of, group_blocks
 
 TEXT_CHARS = 32_768
@@ -48,6 +49,8 @@ class Document:
     tokens: tuple[int, ...] | None = None
     supervised: tuple[bool, ...] = ()
     """Of `tokens`: which are to be learnt."""
+    label: int | tuple[int, ...] | None = None
+    """Class of the text, or of each of `tokens`; None where nobody says."""
 
 
 def num_chars(document: Document) -> int:
@@ -153,13 +156,35 @@ def _parquet_rows(file: InputFile, source: SourceConfig) -> Iterator[RowSource]:
 
 def _fields(source: SourceConfig) -> list[str]:
     fields = [source.messages_field, source.prompt_field, source.completion_field, source.text_field]
-    return fields if source.tokens_field is None else [*fields, source.tokens_field, SUPERVISED_FIELD]
+    if source.tokens_field is not None:
+        fields += [source.tokens_field, SUPERVISED_FIELD]
+    return fields if source.label_field is None else [*fields, source.label_field]
 
 
 def _document(where: str, row: Any, source: SourceConfig) -> Document:
-    """Return a row's document: its tokens, else messages, else prompt and completion, else text."""
+    """Return a row's document, with its label where there is one."""
     if not isinstance(row, dict):
         raise BadRowError(f"expected a JSON object, found {type(row).__name__}")
+    document = _content(where, row, source)
+    if source.label_field is None or row.get(source.label_field) is None:
+        return document
+    return replace(document, label=_label(row[source.label_field], document, source.label_field))
+
+
+def _label(value: Any, document: Document, name: str) -> int | tuple[int, ...]:
+    each = value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and (i >= 0 or i == NO_LABEL) for i in each):
+        raise BadRowError(f"{name!r} must be the number of a class, from 0 on, or {NO_LABEL} for none; found {value!r}")
+    if not isinstance(value, list):
+        return int(value)
+    if document.tokens is None or len(value) != len(document.tokens):
+        there = "no token ids" if document.tokens is None else f"{len(document.tokens)} token ids"
+        raise BadRowError(f"{name!r} holds {len(value)} classes beside {there}; a list needs one for each")
+    return tuple(value)
+
+
+def _content(where: str, row: Mapping[str, Any], source: SourceConfig) -> Document:
+    """Return what a row says: its tokens, else messages, else prompt and completion, else text."""
     if source.tokens_field is not None and row.get(source.tokens_field) is not None:
         return _tokens(where, row[source.tokens_field], row.get(SUPERVISED_FIELD), source.tokens_field)
     if row.get(source.messages_field) is not None:

@@ -1,6 +1,7 @@
 """Documents → token ids and supervised masks, in batches."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -41,6 +42,9 @@ def encode_documents(
                 encoded = _encode_chat(document, document.messages, tokenizer)
             else:
                 encoded = _encode_completion(document.prompt or "", document.completion or "", tokenizer)
+            if document.label is not None:
+                label = np.broadcast_to(np.array(document.label, dtype=np.int32), len(encoded))
+                encoded = replace(encoded, label=label)
             if not len(trim(encoded)):
                 raise BadRowError(NO_SUPERVISED)
             yield document, encoded

@@ -5,12 +5,12 @@ context, so that every token but a document's first is supervised (where its mas
 documents are never cut: several share a window, each numbered, and attention never crosses their borders.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from storage.samples import BoolArray, Int32Array, Sample
+from storage.samples import NO_LABEL, BoolArray, Int32Array, Sample
 
 MIN_TOKENS = 2
 """A shorter piece has nothing to predict."""
@@ -24,9 +24,15 @@ class EncodedDocument:
 
     tokens: Int32Array  # [n]
     supervised: BoolArray  # [n]
+    label: Int32Array | None = None  # [n], the class of each token
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def part(self, start: int, end: int, supervised: BoolArray) -> "EncodedDocument":
+        """Return tokens `start` to `end`, of which these are supervised."""
+        label = None if self.label is None else self.label[start:end]
+        return EncodedDocument(self.tokens[start:end], supervised, label)
 
 
 def trim(document: EncodedDocument) -> EncodedDocument:
@@ -38,7 +44,7 @@ def trim(document: EncodedDocument) -> EncodedDocument:
     supervised[:1] = False
     positions = np.flatnonzero(supervised)
     end = int(positions[-1]) + 1 if len(positions) else 0
-    return EncodedDocument(document.tokens[:end], supervised[:end])
+    return document.part(0, end, supervised[:end])
 
 
 def cut(document: EncodedDocument, first_tokens: int, window_tokens: int) -> Iterator[EncodedDocument]:
@@ -52,7 +58,7 @@ def cut(document: EncodedDocument, first_tokens: int, window_tokens: int) -> Ite
         supervised = document.supervised[start:end].copy()
         supervised[0] = False
         if supervised.any():
-            yield EncodedDocument(document.tokens[start:end], supervised)
+            yield document.part(start, end, supervised)
         start, end = end - 1, min(end - 1 + window_tokens, len(document))
 
 
@@ -94,7 +100,7 @@ class Packer:
     def _masked(self, piece: EncodedDocument) -> EncodedDocument:
         if not self.last_only:
             return piece
-        return EncodedDocument(piece.tokens, np.arange(len(piece)) == len(piece) - 1)
+        return piece.part(0, len(piece), np.arange(len(piece)) == len(piece) - 1)
 
     def flush(self) -> list[Sample]:
         """Return the open window, if it holds anything, and start a new one."""
@@ -106,8 +112,16 @@ class Packer:
             tokens=np.concatenate([piece.tokens for piece in pieces]),
             supervised=np.concatenate([piece.supervised for piece in pieces]),
             document=np.repeat(np.arange(len(pieces), dtype=np.int16), [len(piece) for piece in pieces]),
+            label=_joined_labels(pieces),
         )
         return [window]
+
+
+def _joined_labels(pieces: Sequence[EncodedDocument]) -> Int32Array | None:
+    if all(piece.label is None for piece in pieces):
+        return None
+    labels = [np.full(len(piece), NO_LABEL, np.int32) if piece.label is None else piece.label for piece in pieces]
+    return np.concatenate(labels)
 
 
 def pack_documents(

@@ -1,5 +1,6 @@
 """What a reader of one or of several datasets hands over: the asked samples, by the dataset that serves them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -7,7 +8,7 @@ from typing import Protocol
 from storage.catalog import SampleIds
 from storage.identity import CaptureIdentity, DatasetIdentity
 from storage.open_shard import OpenShard, Run, join
-from storage.samples import Int64Array, SampleBatch
+from storage.samples import Int32Array, Int64Array, SampleBatch
 from storage.targets import TargetBatch
 
 
@@ -20,10 +21,12 @@ class Part:
     asked: Int64Array  # [N], rising: which of the asked samples these are
     samples: SampleBatch  # N
     targets: TargetBatch  # N
+    label: Sequence[Int32Array | None] = ()  # [N], classes of the supervised tokens; none where nobody says any
 
     def between(self, first: int, last: int) -> "Part":
         """Return samples `first` to `last` of this part, without an index over their entries."""
-        return Part(self.capture, self.asked[first:last], *join([Run(self._open, first, last)]))
+        run = join([Run(self._open, first, last)])
+        return Part(self.capture, self.asked[first:last], *run, label=self.label[first:last])
 
     @cached_property
     def _open(self) -> OpenShard:

@@ -6,6 +6,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
@@ -21,6 +22,8 @@ META_KEY = "samples.json"
 SPLITS = ("train", "heldout")
 INDEX_COLUMNS = ["sample_id", "source", "split", "num_tokens", "num_supervised"]
 TOKEN_COLUMNS = ["sample_id", "source", "tokens", "supervised", "document"]
+LABEL_COLUMN = "label"
+"""The class of each token, null where nobody says any; absent in files of older versions."""
 
 _NAME = pa.dictionary(pa.int32(), pa.string())
 SCHEMA = pa.schema(
@@ -33,6 +36,7 @@ SCHEMA = pa.schema(
         pa.field("document", pa.list_(pa.int16()), nullable=False),
         pa.field("num_tokens", pa.int32(), nullable=False),
         pa.field("num_supervised", pa.int32(), nullable=False),
+        pa.field(LABEL_COLUMN, pa.list_(pa.int32())),
     ]
 )
 
@@ -105,7 +109,8 @@ class PartWriter:
 
     def add(self, samples: Sequence[Sample], splits: Sequence[str]) -> None:
         """Append one row group of samples with the split of each."""
-        self._writer.write_table(to_table(SampleBatch.of(samples), splits), row_group_size=len(samples))
+        table = to_table(SampleBatch.of(samples), splits, [sample.label for sample in samples])
+        self._writer.write_table(table, row_group_size=len(samples))
 
     def finish(self) -> bytes:
         """Return the whole file."""
@@ -113,7 +118,7 @@ class PartWriter:
         return self._buffer.getvalue()
 
 
-def to_table(batch: SampleBatch, splits: Sequence[str]) -> pa.Table:
+def to_table(batch: SampleBatch, splits: Sequence[str], labels: Sequence[Int32Array | None]) -> pa.Table:
     """Return samples as a table of `SCHEMA`, without copying token by token."""
     offsets = pa.array(batch.offsets.astype(np.int32))
     columns = [
@@ -127,6 +132,7 @@ def to_table(batch: SampleBatch, splits: Sequence[str]) -> pa.Table:
         pa.ListArray.from_arrays(offsets, pa.array(batch.document)),
         pa.array(batch.lengths().astype(np.int32)),
         pa.array(batch.num_supervised().astype(np.int32)),
+        pa.array(labels, pa.list_(pa.int32())),
     ]
     return pa.Table.from_arrays(columns, schema=SCHEMA)
 
@@ -156,6 +162,18 @@ def ids_of(table: pa.Table) -> UInt8Array:
     """Return the sample ids of a table, uint8[N, 16]."""
     ids = b"".join(table.column("sample_id").to_pylist())
     return np.frombuffer(ids, dtype=np.uint8).reshape(-1, ID_BYTES)
+
+
+def labels_of(table: pa.Table) -> dict[bytes, Int32Array]:
+    """Return the labels of the supervised tokens of each sample that has any, by its id."""
+    labelled = table.filter(pc.field(LABEL_COLUMN).is_valid())
+    if not len(labelled):
+        return {}
+    label, offsets = _flat(labelled, LABEL_COLUMN, np.int32)
+    supervised, _ = _flat(labelled, "supervised", np.bool_)
+    ends = np.concatenate(([0], np.cumsum(supervised)))[offsets[1:-1]]
+    parts = np.split(label[supervised], ends)
+    return dict(zip(labelled.column("sample_id").to_pylist(), parts, strict=True))
 
 
 def _flat(table: pa.Table, name: str, dtype: type[_T]) -> tuple[NDArray[_T], Int32Array]:

@@ -19,9 +19,19 @@ from storage.errors import InputError, IntegrityError
 from storage.inputs import resolve_inputs
 from storage.object_store import Store
 from storage.range_file import RangeFile
-from storage.sample_file import INDEX_COLUMNS, SPLITS, TOKEN_COLUMNS, SetFacts, from_table, ids_of, read_facts
+from storage.sample_file import (
+    INDEX_COLUMNS,
+    LABEL_COLUMN,
+    SPLITS,
+    TOKEN_COLUMNS,
+    SetFacts,
+    from_table,
+    ids_of,
+    labels_of,
+    read_facts,
+)
 from storage.sample_writer import Progress, write_samples
-from storage.samples import ID_BYTES, Int64Array, SampleBatch, UInt8Array, offsets_of
+from storage.samples import ID_BYTES, Int32Array, Int64Array, SampleBatch, UInt8Array, offsets_of
 from storage.tokenizer import Tokenizer
 
 CACHE_BYTES = 64 << 20
@@ -180,6 +190,14 @@ class SampleSet:
             pieces.append(self._group(int(group)).take(inside.tolist()))
         batch = pieces[0] if len(pieces) == 1 else SampleBatch.concat(pieces)
         return batch if np.array_equal(order, np.arange(len(order))) else batch.take(np.argsort(order).tolist())
+
+    def labels(self) -> dict[bytes, Int32Array]:
+        """Return the classes of the supervised tokens of each sample whose source says any, by sample id."""
+        found: dict[bytes, Int32Array] = {}
+        for part in range(len(self._parts)):
+            if LABEL_COLUMN in self._footers[part].schema.to_arrow_schema().names:
+                found |= labels_of(self._read_part(part, ["sample_id", "supervised", LABEL_COLUMN], None))
+        return found
 
     def _group(self, group: int) -> SampleBatch:
         if group in self._cache:

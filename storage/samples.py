@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 ID_BYTES = 16
+NO_LABEL = -100
+"""Label of a token of which nobody says the class; the number that PyTorch ignores."""
 
 Int16Array = NDArray[np.int16]
 Int32Array = NDArray[np.int32]
@@ -36,6 +38,7 @@ class Sample:
     tokens: Int32Array  # [L]
     supervised: BoolArray  # [L]
     document: Int16Array  # [L]
+    label: Int32Array | None = None  # [L], the class of each token; None where nobody says one
     sample_id: bytes = field(init=False)
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """Several datasets read as one by sample id: several teachers, several sources, one tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import numpy as np
@@ -8,13 +8,13 @@ import numpy as np
 from storage.catalog import SampleIds, id_array
 from storage.config import CacheConfig
 from storage.errors import IdentityError, InputError
-from storage.identity import DatasetIdentity
+from storage.identity import CaptureIdentity, DatasetIdentity
 from storage.info import INFO_KEY
 from storage.object_store import Store
 from storage.parts import Part
 from storage.reader import Dataset
 from storage.refusals import Refusals
-from storage.samples import Int64Array, UInt8Array
+from storage.samples import Int32Array, Int64Array, UInt8Array
 from storage.shard_source import DEFAULT_READING, Reading
 
 
@@ -22,13 +22,16 @@ class DatasetUnion:
     """Datasets in a fixed order; of several that hold a sample the first one serves it. Thread-safe."""
 
     def __init__(self, datasets: Sequence[Dataset]) -> None:
-        """Join open datasets; IdentityError when their tokenizers differ."""
+        """Join open datasets; IdentityError when their tokenizers or tasks differ."""
         if not datasets:
             raise InputError("no datasets to read from; name at least one URL")
         first = datasets[0]
         for other in datasets[1:]:
             _require_same_tokenizer(first, other)
+            _require_same_task(first, other)
         self.datasets = list(datasets)
+        self.labels: Mapping[bytes, Int32Array] = {}
+        """Classes that the samples' source gives them, see `SampleSet.labels`; `parts` hands them over."""
 
     @classmethod
     def open(
@@ -103,7 +106,9 @@ class DatasetUnion:
         parts = []
         for n in np.unique(served).tolist():
             asked = np.flatnonzero(served == n)
-            parts.append(Part(self.datasets[n].identity.capture, asked, *self.datasets[n].read(ids[asked])))
+            samples, targets = self.datasets[n].read(ids[asked])
+            label = [self.labels.get(sample_id) for sample_id in samples.ids()] if self.labels else ()
+            parts.append(Part(self.datasets[n].identity.capture, asked, samples, targets, label))
         return parts
 
 
@@ -119,6 +124,19 @@ def open_existing(cache: CacheConfig, identity: DatasetIdentity | None = None) -
     if own:
         urls.insert(0, cache.url)
     return DatasetUnion.open(urls, identity if own else None, Reading.of(cache)) if urls else None
+
+
+def _require_same_task(first: Dataset, other: Dataset) -> None:
+    left, right = first.identity.capture, other.identity.capture
+    if (left.task, left.classes) != (right.task, right.classes):
+        raise IdentityError(
+            f"{other.store.shown()} holds {_entries(right)}, {first.store.shown()} {_entries(left)}; leave it out of "
+            "cache.also"
+        )
+
+
+def _entries(capture: CaptureIdentity) -> str:
+    return "next tokens" if capture.classes is None else f"{capture.classes} classes ({capture.task})"
 
 
 def _require_same_tokenizer(first: Dataset, other: Dataset) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from storage.errors import InputError
+from storage.identity import Task
 
 HeadPath = Literal["fused", "module", "model"]
 """How logits come about: the head's weight chunk by chunk, the head's own forward, or the whole model's."""
@@ -29,12 +30,16 @@ class Anatomy:
     widths: Mapping[str, int]  # asked student layer → width of its output
 
 
-def examine(model: Any, layers: list[str], zero_stage: int) -> Anatomy:
+def examine(model: Any, layers: list[str], zero_stage: int, task: Task = "next_token") -> Anatomy:
     """Run a few tokens through a model to learn its layers' widths and whether its logits are head(last state).
+
+    The logits of a classifier are always the whole model's.
 
     Raises:
         InputError: the student has no module of an asked name.
     """
+    if task != "next_token":
+        return Anatomy("model", {})
     names = dict(model.named_modules())
     missing = [layer for layer in layers if layer != "final" and layer not in names]
     if missing:

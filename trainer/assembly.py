@@ -30,7 +30,7 @@ def build_module(
         model.gradient_checkpointing_enable()
     loss = spec.train.loss
     mapped = loss.hidden_map if loss.transfers else {}
-    anatomy = examine(model, list(mapped.values()), spec.train.zero_stage)
+    anatomy = examine(model, list(mapped.values()), spec.train.zero_stage, spec.identity.capture.task)
     transfer = None
     if mapped:
         variance = channel_variance(dataset, order.pool_start(VARIANCE_SAMPLES), list(mapped))

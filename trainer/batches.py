@@ -1,7 +1,7 @@
 """From samples and targets in memory to the padded tensors of one forward pass."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -9,12 +9,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from storage.classes import ClassifierInputs, class_rows
 from storage.draws import estimate
 from storage.errors import IntegrityError
 from storage.hidden import states_tensor
-from storage.samples import BoolArray, Int64Array, SampleBatch, offsets_of
+from storage.parts import Part
+from storage.samples import NO_LABEL, BoolArray, Int64Array, SampleBatch, offsets_of
 from storage.targets import TargetBatch
-from trainer.losses import SparseTargets
+from trainer.losses import SparseTargets, first_choice
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,7 @@ class Batch:
     hidden_rows: Tensor | None  # int64 [K], the positions whose states were kept; none where all were
     maps: Mapping[str, Tensor] = field(default_factory=dict)  # dataset layer → float16 [A], rows of teacher attention
     map_count: Tensor | None = None  # int64 [P], entries of each position's row
+    classifier: ClassifierInputs | None = None  # what a classifier is called with; its `predictor` picks rows of output
 
     @property
     def num_supervised(self) -> int:
@@ -52,7 +55,54 @@ class Batch:
             None if self.hidden_rows is None else self.hidden_rows.to(device, non_blocking=True),
             {layer: rows.to(device, non_blocking=True) for layer, rows in self.maps.items()},
             None if self.map_count is None else self.map_count.to(device, non_blocking=True),
+            None if self.classifier is None else self.classifier.to(device),
         )
+
+
+def batch_of(parts: Sequence[Part], layers: tuple[str, ...] = (), maps: tuple[str, ...] = ()) -> Batch:
+    """Return the batch of all samples of the parts, of one task, those of one dataset after those of another."""
+    if parts[0].capture.task != "next_token":
+        return class_batch(parts)
+    return join_batches([make_batch(p.samples, p.targets, p.capture.kind, layers, maps) for p in parts])
+
+
+def class_batch(parts: Sequence[Part]) -> Batch:
+    """Return a batch whose targets are classes. IntegrityError when a sample holds several documents.
+
+    A position's label is what the data says; where it says nothing of a whole sample, the teacher's likeliest class.
+    """
+    samples = SampleBatch.concat([part.samples for part in parts])
+    inputs = ClassifierInputs.of(samples, torch.device("cpu"))
+    label = torch.from_numpy(np.concatenate([given_labels(part) for part in parts]))
+    said = torch.from_numpy(np.concatenate([is_labelled(part) for part in parts]))
+    known = join_targets([sparse_targets(p.targets, given_labels(p), p.capture.kind) for p in parts])
+    return Batch(
+        ids=samples.ids(),
+        sources=samples.source,
+        input_ids=inputs.input_ids,
+        position_ids=None,
+        attention=None,
+        predictor=torch.from_numpy(class_rows(samples, parts[0].capture.task)),
+        targets=known if said.all() else replace(known, label=torch.where(said, label, first_choice(known)[0])),
+        hidden={},
+        hidden_rows=None,
+        classifier=inputs,
+    )
+
+
+def given_labels(part: Part) -> Int64Array:
+    """Return the class that the data gives each supervised position, int64 [P]; NO_LABEL where it gives none."""
+    counts = part.samples.num_supervised()
+    known = part.label or [None] * len(counts)
+    each = [np.full(n, NO_LABEL) if one is None else one for one, n in zip(known, counts.tolist(), strict=True)]
+    return np.concatenate(each).astype(np.int64)
+
+
+def is_labelled(part: Part) -> BoolArray:
+    """Return which supervised positions belong to samples that the data says any class of, bool [P]."""
+    counts = part.samples.num_supervised()
+    known = [one is not None for one in part.label] if part.label else np.zeros(len(counts), dtype=np.bool_)
+    return np.repeat(np.asarray(known, dtype=np.bool_), counts)
 
 
 def make_batch(

@@ -11,10 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from storage.classes import CALLED, auto_model
 from storage.errors import InputError
+from storage.identity import Task
 from storage.parts import Part, TargetReader
-from trainer.batches import make_batch
-from trainer.losses import EntryView, ForwardKL, SparseTargets
+from storage.samples import NO_LABEL
+from trainer.batches import batch_of, is_labelled, make_batch
+from trainer.losses import EntryView, ForwardKL, SparseTargets, first_choice
+from trainer.losses.rows import MIN_TAIL
 from trainer.model import predictor_logits
 
 BINS = 15
@@ -40,7 +44,7 @@ def evaluate_model(
     """Score a model on held-out samples of the dataset.
 
     Args:
-        model_folder: an `AutoModelForCausalLM` folder; it is run in float32.
+        model_folder: a folder with a model of the dataset's task; it is run in float32.
         dataset: holds the samples and what the teacher said about them.
         ids_by_source: held-out sample ids of each source.
         device: torch device.
@@ -50,18 +54,18 @@ def evaluate_model(
         `loss` {source: nats per supervised token}, `kl_to_teacher` (nats per token, from the stored targets),
         `top1_agreement` (share of positions where model and teacher have the same first choice), `ece` (expected
         calibration error of the first choice against the text, 15 bins) and `tokens` {source: supervised}. On targets
-        of kind `text` there is no teacher to compare with: `kl_to_teacher` and `top1_agreement` are none.
+        of kind `text` there is no teacher to compare with: `kl_to_teacher` and `top1_agreement` are none. Of classes
+        also `accuracy`, the share of labelled positions that the model gets right; none where nobody gave labels.
     """
-    model = load_model(model_folder, device)
-    totals = _Totals()
+    task = dataset.identity.capture.task
+    model = load_model(model_folder, device, task)
+    totals = _Totals(classifies=task != "next_token")
     total = sum(len(ids) for ids in ids_by_source.values())
     done = 0
-    for source, part in held_out_batches(
-        dataset, ids_by_source, LOGIT_BYTES // (4 * model.config.get_text_config().vocab_size)
-    ):
-        batch = make_batch(part.samples, part.targets, part.capture.kind).to(device)
+    for source, part in held_out_batches(dataset, ids_by_source, LOGIT_BYTES // (4 * num_outputs(model, task))):
+        batch = batch_of([part]).to(device)
         with torch.inference_mode(), evaluation_threads():
-            totals.add(source, batch.targets, predictor_logits(model, batch))
+            totals.add(source, batch.targets, predictor_logits(model, batch), is_labelled(part))
         done += len(part.samples)
         if on_progress is not None:
             on_progress({"event": "evaluate", "done": done, "total": total})
@@ -74,6 +78,8 @@ def evaluate_teacher(dataset: TargetReader, ids_by_source: Mapping[str, Sequence
     Same keys as `evaluate_model`: `kl_to_teacher` is 0 and `top1_agreement` 1 by definition, `ece` none where the
     targets tell no probabilities.
     """
+    if dataset.identity.capture.task != "next_token":
+        return _classifier_scores(dataset, ids_by_source)
     loss: dict[str, float] = {}
     tokens: dict[str, int] = {}
     told = True
@@ -95,6 +101,18 @@ def evaluate_teacher(dataset: TargetReader, ids_by_source: Mapping[str, Sequence
         "ece": bins.error() if told else None,
         "tokens": tokens,
     }
+
+
+def _classifier_scores(dataset: TargetReader, ids_by_source: Mapping[str, Sequence[bytes]]) -> Scores:
+    """Return the scores of a teacher of classes; a label that it did not keep counts with the whole tail."""
+    totals = _Totals(classifies=True)
+    for source, part in held_out_batches(dataset, ids_by_source):
+        targets = batch_of([part]).targets
+        # What was not kept shares the tail: one class of it may have it all, and none has more.
+        logprob = targets.tail_mass.clamp_min(MIN_TAIL).log()[:, None].repeat(1, int(part.capture.classes or 0))
+        logprob[targets.rows(), targets.id] = targets.logprob
+        totals.add_told(source, targets, logprob, is_labelled(part))
+    return {**totals.scores(), "kl_to_teacher": 0.0, "top1_agreement": 1.0}
 
 
 def token_views(
@@ -121,17 +139,6 @@ def token_views(
     return views
 
 
-def first_choice(targets: SparseTargets) -> tuple[Tensor, Tensor]:
-    """Return the teacher's most probable entry of each position and its probability, int64 [P] and float32 [P]."""
-    counts = targets.entry_offsets.diff()
-    row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    # Sorted by position, then by falling probability: each position's first entry is its best.
-    order = torch.argsort(targets.logprob, descending=True, stable=True)
-    order = order[torch.argsort(row[order], stable=True)]
-    best = order[targets.entry_offsets[:-1]]
-    return targets.id[best], targets.logprob[best].exp()
-
-
 @dataclass
 class _Bins:
     """Sums for the expected calibration error: in each confidence bin, hits and confidence."""
@@ -153,6 +160,23 @@ class _Bins:
 
 
 @dataclass
+class _Accuracy:
+    """Counts of positions whose label the data gives."""
+
+    count: int = 0
+    hits: int = 0
+
+    def add(self, hit: NDArray[np.bool_], given: NDArray[np.bool_]) -> None:
+        """Add positions; those that are not `given` do not count."""
+        self.count += int(given.sum())
+        self.hits += int((hit & given).sum())
+
+    def share(self) -> float | None:
+        """Return the share of hits; none without labels."""
+        return self.hits / self.count if self.count else None
+
+
+@dataclass
 class _Totals:
     """Sums over positions."""
 
@@ -163,32 +187,43 @@ class _Totals:
     told: bool = True
     """Whether the targets tell the teacher's probabilities."""
     bins: _Bins = field(default_factory=_Bins)
+    classifies: bool = False
+    """Whether the targets are classes: some positions may have no label, others one that the teacher gave."""
+    positions: int = 0
+    accuracy: _Accuracy = field(default_factory=_Accuracy)
 
-    def add(self, source: str, targets: SparseTargets, logits: Tensor) -> None:
-        """Add the positions of a batch of one source; logits [P, V]."""
-        logprob = logits.float().log_softmax(-1)
-        own = logprob.gather(1, targets.label[:, None])[:, 0]
-        counts = targets.entry_offsets.diff()
-        row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    def add(self, source: str, targets: SparseTargets, logits: Tensor, given: NDArray[np.bool_]) -> None:
+        """Add the positions of a batch of one source; logits [P, V], `given`: labels that the data says, bool [P]."""
+        self.add_told(source, targets, logits.float().log_softmax(-1), given)
+
+    def add_told(self, source: str, targets: SparseTargets, logprob: Tensor, given: NDArray[np.bool_]) -> None:
+        """Add positions with log-probabilities [P, V]."""
+        said = targets.label != NO_LABEL
+        own = logprob.gather(1, targets.label.clamp_min(0)[:, None])[said, 0]
+        row = targets.rows()
         divergence = ForwardKL().evaluate(EntryView(targets, row, logprob[row, targets.id])).value
         confidence, guess = logprob.max(-1)
         self.loss[source] = self.loss.get(source, 0.0) - float(own.double().sum())
         self.tokens[source] = self.tokens.get(source, 0) + len(own)
+        self.positions += len(logprob)
         self.told = self.told and targets.kind != "text"
         if self.told:
             self.kl += float(divergence.double().sum())
             self.agreements += int((guess == first_choice(targets)[0]).sum())
-        self.bins.add(confidence.exp().cpu().numpy(), (guess == targets.label).cpu().numpy())
+        hit, known = (guess == targets.label).cpu().numpy(), said.cpu().numpy()
+        self.accuracy.add(hit, known & given)
+        self.bins.add(confidence.exp().cpu().numpy()[known], hit[known])
 
     def scores(self) -> Scores:
         """Return the averages."""
-        positions = max(sum(self.tokens.values()), 1)
+        positions = max(self.positions, 1)
         return {
             "loss": {source: self.loss[source] / max(self.tokens[source], 1) for source in self.loss},
             "kl_to_teacher": self.kl / positions if self.told else None,
             "top1_agreement": self.agreements / positions if self.told else None,
             "ece": self.bins.error(),
             "tokens": self.tokens,
+            **({"accuracy": self.accuracy.share()} if self.classifies else {}),
         }
 
 
@@ -221,15 +256,18 @@ def held_out_batches(
                 yield source, part.between(first, min(first + size, len(part.samples)))
 
 
-def load_model(folder: str | Path, device: str) -> Any:
-    """Return a causal language model of a folder in float32, ready to evaluate; InputError when it holds none."""
-    from transformers import AutoModelForCausalLM
-
+def load_model(folder: str | Path, device: str, task: Task = "next_token") -> Any:
+    """Return the model of a folder in float32, ready to evaluate; InputError when it holds none of the task."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        model = auto_model(task).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder} holds no causal language model: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{folder} holds no {CALLED[task]}: {str(error).splitlines()[0]}") from error
     return model.to(device).eval()
+
+
+def num_outputs(model: Any, task: Task) -> int:
+    """Return how many logits a model gives at a position: its vocabulary, or its classes."""
+    return int(model.config.get_text_config().vocab_size if task == "next_token" else model.config.num_labels)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Export of a trained student: `save_pretrained` in safetensors, put in place in one step."""
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -47,6 +48,17 @@ def copy_tokenizer(folder: Path, run_dir: str, name: str) -> None:
     for file in TOKENIZER_FILES:
         if (folder / file).is_file():
             store.write(f"{name}/{file}", (folder / file).read_bytes())
+
+
+def name_classes(folder: Path, run_dir: str, name: str) -> None:
+    """Call the classes of an exported student what the config of the teacher in `folder` calls them."""
+    names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label")
+    if names is None:
+        return
+    store, key = Store(run_dir), f"{name}/config.json"
+    config = json.loads(store.read(key))
+    config |= {"id2label": names, "label2id": {label: int(number) for number, label in names.items()}}
+    store.write(key, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
 
 
 def _publish(scratch: Path, store: Store, name: str) -> None:

@@ -15,7 +15,7 @@ from storage.draws import draw_set
 from storage.hidden import states_tensor
 from storage.parts import Part, TargetReader
 from storage.samples import Int64Array, UInt8Array
-from trainer.batches import Batch, join_batches, make_batch, take_microbatches
+from trainer.batches import Batch, batch_of, take_microbatches
 from trainer.config import TrainConfig
 from trainer.loss_config import LossConfig
 from trainer.sampler import PlannedOrder, rank_slice
@@ -102,13 +102,9 @@ def microbatch(parts: Sequence[Part], rows: range, loss: LossConfig | None = Non
     With the states and attention that the loss asks for.
     """
     layers, maps = ((), ()) if loss is None else (loss.layers, loss.attention_layers)
-    batches = []
-    for part in parts:
-        first, last = np.searchsorted(part.asked, [rows.start, rows.stop])
-        if first < last:
-            own = part.between(int(first), int(last))
-            batches.append(make_batch(own.samples, own.targets, own.capture.kind, layers, maps))
-    return join_batches(batches)
+    bounds = [np.searchsorted(part.asked, [rows.start, rows.stop]).tolist() for part in parts]
+    own = [part.between(*ends) for part, ends in zip(parts, bounds, strict=True) if ends[0] < ends[1]]
+    return batch_of(own, layers, maps)
 
 
 def _read_ids(parts: Sequence[Part]) -> UInt8Array:

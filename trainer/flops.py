@@ -32,10 +32,10 @@ class ModelFlops:
     def of(cls, model: Any) -> Self:
         """Count those of a transformers model, before it is partitioned."""
         config = model.config.get_text_config()
-        head = model.get_output_embeddings().weight.numel()
-        embedded = {
-            id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()
-        }
+        # A classifier has no output embeddings: its small head counts with the body.
+        tables = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+        head = tables[1].weight.numel() if len(tables) > 1 else 0
+        embedded = {id(p) for m in tables for p in m.parameters()}
         experts = getattr(config, "n_routed_experts", None) or getattr(config, "num_experts", None) or 1
         visited = (getattr(config, "num_experts_per_tok", None) or experts) / experts
         body = sum(

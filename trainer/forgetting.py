@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from storage.parts import TargetReader
-from trainer.batches import make_batch
-from trainer.evaluation import LOGIT_BYTES, evaluation_threads, held_out_batches, load_model
+from storage.samples import NO_LABEL
+from trainer.batches import batch_of
+from trainer.evaluation import LOGIT_BYTES, evaluation_threads, held_out_batches, load_model, num_outputs
 from trainer.model import predictor_logits
 
 
@@ -34,22 +35,25 @@ def forgetting(
         For each source `before` and `after` (nats per supervised token of start and student) and `kl`, the divergence
         KL(start ‖ student) per token over the whole vocabulary.
     """
-    start, model = load_model(start_folder, device), load_model(model_folder, device)
+    task = dataset.identity.capture.task
+    start, model = (load_model(folder, device, task) for folder in (start_folder, model_folder))
     sums = {source: torch.zeros(4, dtype=torch.float64) for source, ids in ids_by_source.items() if ids}
     total, done = sum(len(ids) for ids in ids_by_source.values()), 0
-    most = LOGIT_BYTES // (8 * model.config.get_text_config().vocab_size)
+    most = LOGIT_BYTES // (8 * num_outputs(model, task))
     for source, part in held_out_batches(dataset, ids_by_source, most):
-        batch = make_batch(part.samples, part.targets, part.capture.kind).to(device)
+        batch = batch_of([part]).to(device)
         with torch.inference_mode(), evaluation_threads():
             before, after = (predictor_logits(one, batch).float().log_softmax(-1) for one in (start, model))
-            label = batch.targets.label[:, None]
-            kl = (before.exp() * (before - after)).sum()
-            values = [-before.gather(1, label).sum(), -after.gather(1, label).sum(), kl, kl.new_tensor(len(label))]
+            label = batch.targets.label
+            said = label != NO_LABEL
+            kl = (before.exp() * (before - after)).sum(1)[said].sum()
+            own = [-one.gather(1, label.clamp_min(0)[:, None])[said].sum() for one in (before, after)]
+            values = [*own, kl, said.sum()]
         sums[source] += torch.stack(values).double().cpu()
         done += len(part.samples)
         if on_progress is not None:
             on_progress({"event": "evaluate", "done": done, "total": total})
     return {
-        source: dict(zip(("before", "after", "kl"), (row[:3] / row[3]).tolist(), strict=True))
+        source: dict(zip(("before", "after", "kl"), (row[:3] / row[3].clamp_min(1)).tolist(), strict=True))
         for source, row in sums.items()
     }

@@ -61,6 +61,8 @@ class _Rank:
         with together():
             self.dataset = DatasetUnion.open(spec.dataset_urls, spec.identity, spec.reading)
             samples, adaptive = SampleSet.open(spec.samples_url), spec.curriculum.adaptive
+            if spec.identity.capture.classes:
+                self.dataset.labels = samples.labels()
             self.order = planned_order(samples, spec.curriculum, self.train, self.dataset, spec.left_out, spec.earlier)
             decides = adaptive is not None and spec.mixing is None
             self.mixer = Mixer(adaptive, samples, self.dataset, self.train, place) if adaptive and decides else None

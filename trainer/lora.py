@@ -4,7 +4,7 @@ The adapters stand inside the student's own modules, so that everything else see
 extra `lora`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from trainer.config import LoraConfig
 _BASE, _ADAPTER = ".base_layer.", "default"
 
 
-def add_lora(model: Any, lora: LoraConfig, seed: int) -> int:
-    """Put adapters into a model and freeze all else; returns how many values are trained.
+def add_lora(model: Any, lora: LoraConfig, seed: int, whole: Sequence[str] = ()) -> int:
+    """Put adapters into a model and freeze all else but the modules `whole`; returns how many values are trained.
 
     Every B begins at 0, so that the model computes what it did; A depends on the seed alone.
 
@@ -35,6 +35,7 @@ def add_lora(model: Any, lora: LoraConfig, seed: int) -> int:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.targets or "all-linear",
+        exclude_modules=list(whole) or None,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -47,7 +48,7 @@ def add_lora(model: Any, lora: LoraConfig, seed: int) -> int:
             ) from error
     trained = 0
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_adapter(name))
+        parameter.requires_grad_(is_adapter(name) or name.partition(".")[0] in whole)
         trained += parameter.numel() if parameter.requires_grad else 0
     return trained
 

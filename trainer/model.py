@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from storage.classes import padded_with
 from storage.heads import FINAL, Head
 from trainer.anatomy import HeadPath, record_attention, record_layers
 from trainer.batches import Batch
 from trainer.loss_config import LossConfig
-from trainer.losses import FullTeacher, HeadTerms, chosen_divergence, head_loss, logits_loss
+from trainer.losses import FullTeacher, HeadTerms, chosen_divergence, class_loss, head_loss, logits_loss
 from trainer.losses.attention import attention_distance
 from trainer.losses.balance import Balance
 from trainer.losses.hidden import HiddenTransfer
@@ -119,7 +120,8 @@ class DistilModel(nn.Module):
         terms = HeadTerms(hard, [] if self._divergence is None else [(soft, self._divergence)], self._temperature)
         teacher = self._teacher(batch)
         if states is None:
-            return logits_loss(predictor_logits(self.model, batch), batch.targets, terms, teacher)
+            of_logits = logits_loss if batch.classifier is None else class_loss
+            return of_logits(predictor_logits(self.model, batch), batch.targets, terms, teacher)
         head = self.model.get_output_embeddings()
         if self.head_path == "module":
             return logits_loss(head(states), batch.targets, terms, teacher)
@@ -140,7 +142,15 @@ def predictor_states(model: Any, batch: Batch) -> Tensor:
 
 
 def predictor_logits(model: Any, batch: Batch) -> Tensor:
-    """Return the model's logits at the positions that predict supervised tokens, [P, vocabulary]."""
+    """Return the model's logits at the positions that predict supervised tokens, [P, vocabulary].
+
+    Of a classifier: its logits of the classes at the supervised positions, [P, classes].
+    """
+    inputs = batch.classifier
+    if inputs is not None:
+        with padded_with(model, inputs.pad_id):
+            output = model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask)
+        return _rows(output.logits, batch.predictor)
     return _rows(model(**_inputs(model, batch)).logits, batch.predictor)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import InputError
+from storage.identity import DatasetIdentity
 from storage.object_store import Store
 from storage.sample_set import SampleSet
 from storage.union import DatasetUnion
@@ -16,7 +17,7 @@ from trainer import checkpoint
 from trainer.anatomy import examine
 from trainer.curriculum import planned_order
 from trainer.ewc import chosen_windows
-from trainer.export import copy_tokenizer
+from trainer.export import copy_tokenizer, name_classes
 from trainer.loss_config import LossConfig
 from trainer.metrics import Follower
 from trainer.mixing import apply, heldout_ids
@@ -58,6 +59,8 @@ def train_student(training: Training, on_event: Event) -> TrainResult:
     with _followed(run_dir, name, steps, on_event):
         figures = fit(spec)
     copy_tokenizer(Path(training.tokenizer_folder), run_dir, name)
+    if training.identity.capture.classes:
+        name_classes(Path(training.tokenizer_folder), run_dir, name)
     apply(order, training.mixing or figures["mixing"])
     result = _result(figures, spec, order, resumed_from=max(at, figures["resumed_from"]))
     record = {"config": facts, "result": result.to_json()}
@@ -74,13 +77,15 @@ def _checked(training: Training, samples: SampleSet) -> tuple[str | None, Planne
     dataset = DatasetUnion.open([training.dataset_url, *training.also], training.identity, training.reading)
     order = planned_order(samples, training.curriculum, train, dataset, training.left_out, training.earlier)
     _check_dataset(dataset, order, train.loss)
+    _check_labels(samples, training.identity)
     _check_mixing(dataset, samples, training)
     _check_layers(dataset, train.loss)
     _check_ewc(training, samples, dataset)
-    if train.loss.transfers or train.loss.attends or student.frozen or student.lora:
+    classifies = training.identity.capture.task != "next_token"
+    if classifies or train.loss.transfers or train.loss.attends or student.frozen or student.lora:
         model = build_student(student, folder, training.identity)
         prepare_student(model, student, train.loss)
-        examine(model, list(train.loss.hidden_map.values()), train.zero_stage)
+        examine(model, list(train.loss.hidden_map.values()), train.zero_stage, training.identity.capture.task)
     return folder, order
 
 
@@ -114,6 +119,18 @@ def _check_dataset(dataset: DatasetUnion, order: PlannedOrder, loss: LossConfig)
         raise InputError(
             f"{missing} of the samples that the curriculum uses are not in {dataset.shown()}; run the capture, which "
             "scores what is missing"
+        )
+
+
+def _check_labels(samples: SampleSet, identity: DatasetIdentity) -> None:
+    classes = identity.capture.classes
+    if classes is None:
+        return
+    largest = max((int(label.max()) for label in samples.labels().values() if len(label)), default=0)
+    if largest >= classes:
+        raise InputError(
+            f"the samples hold a label {largest}, but the teacher has {classes} classes, numbered from 0; mend the "
+            "field that data.sources.label_field names"
         )
 
 

@@ -30,10 +30,7 @@ FITS: dict[str, Fit] = {
 def require_served(loss: LossConfig, capture: CaptureIdentity) -> None:
     """Raise InputError when a dataset cannot serve the divergence of a config, naming what would fit."""
     if capture.task != "next_token":
-        raise InputError(
-            f"the dataset holds the classes of a teacher for {capture.task.replace('_', ' ')}, which no student here "
-            "learns from; name a dataset whose teacher says which token follows"
-        )
+        _require_classes_alone(loss, capture)
     if loss.distils and loss.exact:
         _require_final(capture)
     elif loss.distils:
@@ -41,9 +38,24 @@ def require_served(loss: LossConfig, capture: CaptureIdentity) -> None:
         if loss.softened and capture.kind != "dense":
             raise InputError(
                 f"train.loss.temperature other than 1 needs whole distributions, but of targets of kind {capture.kind} "
-                "the tail is known at temperature 1 alone; leave it at 1, or set train.loss.exact and cache.hidden: "
-                f"[{FINAL}]"
+                f"the tail is known at temperature 1 alone; leave it at 1, or {_whole(capture)}"
             )
+
+
+def _require_classes_alone(loss: LossConfig, capture: CaptureIdentity) -> None:
+    asked = {"hidden": loss.transfers, "attention": loss.attends, "exact": loss.distils and loss.exact}
+    for name in (name for name, is_asked in asked.items() if is_asked):
+        raise InputError(
+            f"train.loss.{name} needs what a dataset of classes ({capture.task}) does not hold; leave it out: kl and "
+            "ce serve there, and targets of kind dense any temperature"
+        )
+
+
+def _whole(capture: CaptureIdentity) -> str:
+    """Return how a dataset comes to tell whole distributions."""
+    if capture.task != "next_token":
+        return "capture with cache.kind: dense"
+    return f"set train.loss.exact and cache.hidden: [{FINAL}]"
 
 
 def _require_kind(name: str, kind: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from storage.classes import CALLED, auto_model
 from storage.errors import InputError
 from storage.identity import DatasetIdentity
 from storage.tokenizer import Tokenizer
@@ -45,28 +46,37 @@ def student_config(student: StudentConfig, folder: str | None, identity: Dataset
     """Return the transformers config of the student."""
     from transformers import AutoConfig
 
+    classes = identity.capture.classes
     if folder is not None:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+        if classes is not None and config.num_labels != classes:
+            config.num_labels = classes
+        return config
     fields = {"vocab_size": identity.tokenizer.vocab_size, **(student.config or {})}
     try:
-        return AutoConfig.for_model(**fields)
+        return AutoConfig.for_model(**fields, **({} if classes is None else {"num_labels": classes}))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"student.config is not a transformers config: {error}") from error
 
 
 def build_student(student: StudentConfig, folder: str | None, identity: DatasetIdentity) -> Any:
-    """Return the student in float32: loaded from `folder`, or fresh with weights that depend on the seed alone."""
-    from transformers import AutoModelForCausalLM
+    """Return the student in float32, a model of the dataset's task: loaded from `folder`, or fresh.
 
-    if folder is not None:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    config = student_config(student, folder, identity)
+    Fresh weights depend on the seed alone; a folder without a classifier's head gets a fresh one.
+    """
+    task = identity.capture.task
+    builder, config = auto_model(task), student_config(student, folder, identity)
     with torch.random.fork_rng():
         torch.manual_seed(student.seed)
         try:
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        except (ValueError, TypeError, ZeroDivisionError) as error:
-            raise InputError(f"student.config does not make a causal language model: {error}") from error
+            if folder is None:
+                return builder.from_config(config, dtype=torch.float32)
+            return builder.from_pretrained(folder, config=config, dtype=torch.float32, use_safetensors=True)
+        except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
+            what = "student.config" if folder is None else f"student.path {student.path}"
+            classes = f" for the teacher's {identity.capture.classes} classes" if identity.capture.classes else ""
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"{what} does not make a {CALLED[task]}{classes}: {reason}") from error
 
 
 def prepare_student(model: Any, student: StudentConfig, loss: LossConfig | None = None) -> None:
@@ -79,8 +89,15 @@ def prepare_student(model: Any, student: StudentConfig, loss: LossConfig | None 
         for layer in loss.attention_map.values():
             attention_module(model, layer)
     if student.lora is not None:
-        add_lora(model, student.lora, student.seed)
+        add_lora(model, student.lora, student.seed, class_head(model))
     freeze(model, student.frozen)
+
+
+def class_head(model: Any) -> list[str]:
+    """Return the names of a classifier's own modules, beside the body that it shares with other models."""
+    if model.get_output_embeddings() is not None:
+        return []
+    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> int:

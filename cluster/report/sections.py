@@ -53,7 +53,8 @@ def _results(data: ReportData) -> Section:
         (source, [Bar(name, _COLOURS[name], entry["loss"][source]) for name, entry in evaluation.items()])
         for source in sources
     ]
-    head = ["", *(f"loss, {source}" for source in sources), "KL to teacher", "first choice agrees", "ECE"]
+    accuracy = ["accuracy"] if any(entry.get("accuracy") is not None for entry in evaluation.values()) else []
+    head = ["", *(f"loss, {source}" for source in sources), "KL to teacher", "first choice agrees", "ECE", *accuracy]
     rows = [
         [
             name,
@@ -61,6 +62,7 @@ def _results(data: ReportData) -> Section:
             _number(entry.get("kl_to_teacher")),
             _share(entry.get("top1_agreement")),
             _number(entry.get("ece")),
+            *(_share(entry.get(column)) for column in accuracy),
         ]
         for name, entry in evaluation.items()
     ]

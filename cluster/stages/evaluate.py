@@ -15,6 +15,7 @@ from cluster.workspace import Workspace
 from storage.config import CacheConfig
 from storage.errors import InputError, LecternError, WorkerError
 from storage.identity import DatasetIdentity
+from storage.sample_set import SampleSet
 from storage.samples import Int64Array
 from storage.shard_source import Reading
 from storage.union import DatasetUnion, dataset_urls, open_existing
@@ -72,6 +73,7 @@ class Scoring:
     cache: CacheConfig
     identity: DatasetIdentity
     run_url: str
+    samples_url: str
     names: list[str]
     ids: Ids
     shown_samples: int
@@ -85,7 +87,15 @@ def _scores(work: Workspace, names: list[str], ids: Ids, task: Shown) -> dict[st
     config = work.config
     tasks = [(asked, read_task(asked)) for asked in config.evaluate.tasks]
     what = Scoring(
-        config.cache, work.identity, work.run.url, names, ids, config.evaluate.shown_samples, tasks, _start(config)
+        config.cache,
+        work.identity,
+        work.run.url,
+        work.samples.url,
+        names,
+        ids,
+        config.evaluate.shown_samples,
+        tasks,
+        _start(config),
     )
     if config.cluster.joins is None:
         return score_models(what, config.cluster.device, task.update)
@@ -118,10 +128,14 @@ def score_models(what: Scoring, device: str, update: Callable[[float, float, str
 
     run, ids = RunDir(what.run_url), what.ids
     dataset = DatasetUnion.open(dataset_urls(what.cache), what.identity, Reading.of(what.cache))
+    classifies = what.identity.capture.classes is not None
+    if classifies:
+        dataset.labels = SampleSet.open(what.samples_url).labels()
     on = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     per_model = sum(len(chosen) for chosen in ids.values())
     result: dict[str, Any] = {"teacher": evaluate_teacher(dataset, ids)}
-    shown = [sample_id for chosen in ids.values() for sample_id in chosen[: what.shown_samples]]
+    most_shown = 0 if classifies else what.shown_samples
+    shown = [sample_id for chosen in ids.values() for sample_id in chosen[:most_shown]]
     for n, name in enumerate(what.names):
 
         def on_progress(event: dict[str, Any], before: int = n * per_model, model: str = name) -> None:
@@ -143,7 +157,9 @@ def _start(config: RunConfig) -> str | StudentConfig | None:
     stages = config.chain("student")
     if len(stages) > 1:
         return stages[-2].run
-    return config.student if config.student.path is not None else None
+    # A classifier's head may be new: of what a model knew before it, there is nothing to compare.
+    starts = config.student.path is not None and config.teacher.task == "next_token"
+    return config.student if starts else None
 
 
 def _forgetting(what: Scoring, folder: Path, dataset: DatasetUnion, device: str) -> dict[str, Any]:

@@ -379,3 +379,37 @@ def test_embedded_corpora_are_prepared_in_seconds(tmp_path: Path, tokenizer: Tok
     assert summary["general"]["train"]["tokens"] > 200_000 and summary["domain"]["train"]["tokens"] > 2_000_000
     full = samples.num_tokens.mean() / 256
     assert full > 0.95, "windows should be nearly full"
+
+
+def test_labels_are_kept_beside_the_samples(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    texts = [{"text": text, "mood": n % 3 if n % 2 else None} for n, text in enumerate(prose(30, words=3))]
+    long = {"path": write_rows(tmp_path / "long.jsonl", [{"text": text, "mood": 7} for text in prose(9, words=90)])}
+    ids = [[5 + n, 6, 7, 8] for n in range(30)]
+    tags = [{"ids": row, "supervised": [False, True, True, True], "tag": [-100, 0, -100, 2]} for row in ids]
+    whole = {"path": write_rows(tmp_path / "whole.jsonl", texts), "label_field": "mood"}
+    each = {"path": write_rows(tmp_path / "each.jsonl", tags), "label_field": "tag", "tokens_field": "ids"}
+    data = config(whole=whole, each=each, long=long | {"label_field": "mood"}).model_copy(update={"pack": False})
+    samples = prepare_samples(data, tokenizer, tmp_path / "samples")
+    labels, rows = samples.labels(), samples.read(samples.rows(source="whole"))
+    assert all(labels[i].tolist() == [0, -100, 2] for i in samples.ids(samples.rows(source="each")))
+    moods = {row["text"]: row["mood"] for row in texts}
+    found = {}
+    for n in range(len(rows)):
+        text = tokenizer.decode(rows.sample(n).tokens).removesuffix("<|end|>")
+        label = labels.get(rows.ids()[n])
+        assert label is None or (len(set(label)) == 1 and len(label) == rows.num_supervised()[n])
+        found[text] = None if label is None else int(label[0])
+    assert found == moods
+    pieces = samples.ids(samples.rows(source="long"))
+    assert len(pieces) > 20 and all(set(labels[i].tolist()) == {7} for i in pieces)
+    assert prepare_samples(config(general=whole["path"]), tokenizer, tmp_path / "none").labels() == {}
+
+
+@pytest.mark.parametrize(
+    ("label", "text"), [(-1, "number of a class, from 0 on, or -100"), ([0, 1], "2 classes beside no token ids")]
+)
+def test_labels_that_are_none_are_refused(tmp_path: Path, tokenizer: Tokenizer, label: Any, text: str) -> None:
+    rows = [{"text": text, "mood": label} for text in prose(10)]
+    source = {"path": write_rows(tmp_path / "a.jsonl", rows), "label_field": "mood"}
+    with pytest.raises(InputError, match=f"a.jsonl:1: 'mood' .*{text}"):
+        prepare_samples(config(general=source), tokenizer, tmp_path / "samples")

@@ -10,6 +10,7 @@ import torch
 from tiny_tokenizers import write_tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from storage.classes import ClassifierInputs, class_rows
 from storage.config import CacheConfig
 from storage.contract import check_contract
 from storage.errors import InputError, IntegrityError
@@ -21,7 +22,6 @@ from storage.verify import verify_dataset
 from storage.writer import DatasetWriter
 from tests.workers.tiny import TINY
 from workers.config import TeacherConfig
-from workers.local.classes import ClassifierInputs, class_rows
 from workers.local.rank import CaptureJob, scoring_settings
 from workers.local.scoring import merge_parts, score_part
 from workers.local.sharding import load_model

@@ -58,6 +58,16 @@ class SparseTargets:
         )
 
 
+def first_choice(targets: SparseTargets) -> tuple[Tensor, Tensor]:
+    """Return the teacher's most probable entry of each position and its probability, int64 [P] and float32 [P]."""
+    row = targets.rows()
+    # Sorted by position, then by falling probability: each position's first entry is its best.
+    order = torch.argsort(targets.logprob, descending=True, stable=True)
+    order = order[torch.argsort(row[order], stable=True)]
+    best = order[targets.entry_offsets[:-1]]
+    return targets.id[best], targets.logprob[best].exp()
+
+
 @dataclass(frozen=True, eq=False)
 class EntryView:
     """A chunk of C positions with the student's log-probabilities at its entries."""

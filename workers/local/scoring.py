@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from storage.classes import ClassifierInputs, class_rows, padded_with
 from storage.errors import IntegrityError
 from storage.hidden import attention_lengths, kept_positions, store_states
 from storage.identity import Task
@@ -23,7 +24,6 @@ from storage.projection import Projection
 from storage.samples import BoolArray, Int64Array, SampleBatch, offsets_of, ragged_index
 from storage.targets import TargetBatch
 from workers.local.batching import ModelInputs, model_inputs, plan_batches, predicting_rows
-from workers.local.classes import ClassifierInputs, class_rows
 from workers.local.hooks import captured_attention, captured_hidden
 from workers.local.selection import NonFiniteLogitsError, Selection, SelectionSettings, select, uniforms
 
@@ -205,9 +205,8 @@ class _Seen:
 @torch.no_grad()
 def _classify(model: nn.Module, samples: SampleBatch, device: torch.device) -> _Seen:
     inputs = ClassifierInputs.of(samples, device)
-    config: Any = model.config
-    config.pad_token_id = inputs.pad_id
-    output = model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask)
+    with padded_with(model, inputs.pad_id):
+        output = model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask)
     return _Seen(output.logits.flatten(0, -2), {}, {})
 
 

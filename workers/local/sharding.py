@@ -1,6 +1,5 @@
 """Loads a model and splits it over the ranks of one replica with DeepSpeed."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,23 +8,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from storage.classes import CALLED, auto_model
 from storage.errors import InputError
-from storage.identity import Task
 from workers.config import OffloadConfig, TeacherConfig
-
-MODEL_CLASSES: Mapping[Task, Any] = {
-    "next_token": AutoModelForCausalLM,
-    "token_classification": AutoModelForTokenClassification,
-    "sequence_classification": AutoModelForSequenceClassification,
-}
-
-_CALLED: Mapping[Task, str] = {
-    "next_token": "causal language model",
-    "token_classification": "classifier of tokens",
-    "sequence_classification": "classifier of texts",
-}
 
 REPLICATE_BELOW = 2048
 """ZeRO-3 keeps parameters of fewer values (norms, biases) whole on each rank: gathering them costs more."""
@@ -57,7 +43,7 @@ def load_model(folder: Path, teacher: TeacherConfig, device: torch.device, atten
     if teacher.quantize is not None:
         how = {"quantization_config": _quantization(teacher), "device_map": {"": device}}
     try:
-        model, found = MODEL_CLASSES[teacher.task].from_pretrained(
+        model, found = auto_model(teacher.task).from_pretrained(
             folder,
             dtype=getattr(torch, teacher.dtype),
             local_files_only=True,
@@ -69,7 +55,7 @@ def load_model(folder: Path, teacher: TeacherConfig, device: torch.device, atten
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"teacher {teacher.name} at {folder} cannot be loaded as a {_CALLED[teacher.task]}: {reason}; "
+            f"teacher {teacher.name} at {folder} cannot be loaded as a {CALLED[teacher.task]}: {reason}; "
             "check the folder's config.json and safetensors files"
         ) from error
     _check_complete(found, teacher, folder)
