@@ -47,7 +47,7 @@ audit: .venv/bin/uv
 	$(BIN)/uv tool run pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 bench: .venv/dev.stamp
-	for b in $$(ls benchmarks/*.py | grep -v -e soak -e light_rank -e autoscale); do PYTHONPATH=. $(BIN)/python $$b || exit 1; done
+	for b in $$(ls benchmarks/*.py | grep -v -e soak -e light_rank -e autoscale -e fake_nodes); do PYTHONPATH=. $(BIN)/python $$b || exit 1; done
 
 clean:
 	rm -rf .venv runs build *.egg-info

@@ -86,12 +86,8 @@ def main() -> None:
     parser.add_argument("--idle-s", type=float, default=12.0, help="the autoscaler's idle time-out")
     parser.add_argument("--documents", type=int, default=200)
     parser.add_argument("--wait-s", type=float, default=0.002, help="seconds per token of a rank")
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    inside_namespaces("benchmarks.autoscale", parser)
     given = parser.parse_args()
-    if not given.inside:
-        root = [] if os.geteuid() == 0 else ["--map-root-user"]
-        command = [*NAMESPACES, *root, sys.executable, "-m", "benchmarks.autoscale", "--inside", *sys.argv[1:]]
-        sys.exit(subprocess.run(command, cwd=ROOT).returncode)
     loopback_up()
     folder = Path(tempfile.mkdtemp(prefix="lectern-grow-"))
     os.environ.update({WAIT_S: str(given.wait_s), "PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(folder)})
@@ -99,11 +95,25 @@ def main() -> None:
         figures = grow_and_shrink(folder, given.nodes, given.rounds, given.idle_s, given.documents)
         print(json.dumps(figures), flush=True)
     except Exception:
-        for log in sorted((folder / "ray" / "session_latest" / "logs").glob("monitor.*")):
-            print(f"{log.name}: …{log.read_text(errors='replace')[-SHOWN_LOG:]}", file=sys.stderr)
+        show_logs(folder)
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def inside_namespaces(module: str, parser: argparse.ArgumentParser) -> None:
+    """Run `python -m module` anew, with the same arguments, where it can neither meet nor leave another Ray."""
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    if not parser.parse_args().inside:
+        root = [] if os.geteuid() == 0 else ["--map-root-user"]
+        command = [*NAMESPACES, *root, sys.executable, "-m", module, "--inside", *sys.argv[1:]]
+        sys.exit(subprocess.run(command, cwd=ROOT).returncode)
+
+
+def show_logs(folder: Path) -> None:
+    """Show the end of what the autoscaler wrote."""
+    for log in sorted((folder / "ray" / "session_latest" / "logs").glob("monitor.*")):
+        print(f"{log.name}: …{log.read_text(errors='replace')[-SHOWN_LOG:]}", file=sys.stderr)
 
 
 def loopback_up() -> None:
@@ -113,27 +123,37 @@ def loopback_up() -> None:
         fcntl.ioctl(probe, INTERFACE_UP, struct.pack("16sh14x", b"lo", flags))
 
 
-def start_head(folder: Path, num_nodes: int, idle_s: float) -> None:
-    """Start a head node without room for ranks, and the autoscaler."""
+def start_head(
+    folder: Path, node_types: dict[str, dict[str, Any]], idle_s: float, dashboard_port: int | None = None
+) -> None:
+    """Start a head node without room for ranks, the autoscaler, and a dashboard where it gets a port.
+
+    `node_types` are as in a cluster's launch file: resources, perhaps labels, and max_workers.
+    """
     from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
     head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
-    worker = {"CPU": RANKS, "object_store_memory": STORE_BYTES}
+    workers = {
+        name: {
+            "node_config": {},
+            "min_workers": 0,
+            **kind,
+            "resources": {**kind["resources"], "object_store_memory": STORE_BYTES},
+        }
+        for name, kind in node_types.items()
+    }
     config = {
         "cluster_name": "growing",
-        "max_workers": num_nodes,
+        "max_workers": sum(kind["max_workers"] for kind in node_types.values()),
         "idle_timeout_minutes": idle_s / 60,
         "upscaling_speed": 100.0,
         "provider": {
             "type": "external",
-            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "module": "benchmarks.fake_nodes.ApartNodeProvider",
             "launch_multiple": True,
             "head_node_id": FAKE_HEAD_NODE_ID,
         },
-        "available_node_types": {
-            "ray.head.default": head,
-            "worker": {"resources": worker, "node_config": {}, "min_workers": 0, "max_workers": num_nodes},
-        },
+        "available_node_types": {"ray.head.default": head, **workers},
         "head_node_type": "ray.head.default",
         **{f"{whose}_commands": [] for whose in COMMANDS},
         "cluster_synced_files": [],
@@ -142,6 +162,7 @@ def start_head(folder: Path, num_nodes: int, idle_s: float) -> None:
     path.write_text(json.dumps(config))
     environment = {
         **os.environ,
+        "PYTHONPATH": str(ROOT),
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
@@ -149,7 +170,12 @@ def start_head(folder: Path, num_nodes: int, idle_s: float) -> None:
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
     }
     command = [Path(sys.executable).parent / "ray", "start", "--head", "--num-cpus=0", f"--port={PORT}"]
-    options = ["--include-dashboard=false", f"--object-store-memory={STORE_BYTES}", f"--autoscaling-config={path}"]
+    options = [f"--object-store-memory={STORE_BYTES}", f"--autoscaling-config={path}"]
+    options += (
+        ["--include-dashboard=false"]
+        if dashboard_port is None
+        else ["--include-dashboard=true", f"--dashboard-port={dashboard_port}"]
+    )
     subprocess.run([*command, *options], env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
@@ -159,7 +185,7 @@ def grow_and_shrink(folder: Path, num_nodes: int, rounds: int, idle_s: float, nu
 
     samples, vocab_size = light_samples(folder / "samples", num_documents)
     light_teacher(folder / "teacher", vocab_size)
-    start_head(folder, num_nodes, idle_s)
+    start_head(folder, {"worker": {"resources": {"CPU": RANKS}, "max_workers": num_nodes}}, idle_s)
     ray.init(address=f"127.0.0.1:{PORT}", log_to_driver=False)
     watch = NodeWatch()
     watch.start()
