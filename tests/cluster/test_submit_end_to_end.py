@@ -34,8 +34,8 @@ cluster = Cluster()
 # Jobs go through the head's agent, whose usual port another Ray on this machine may have.
 ports = [int(port) for port in sys.argv[1:]]
 cluster.add_node(num_cpus=0, include_dashboard=True, dashboard_port=ports[0], dashboard_agent_listen_port=ports[1])
-# Addresses of their own, as on real machines: a driver joins the node of its own address, the head. Folders of their own
-# for what ships: each node that joins would remove that in which the others are at work.
+# Addresses of their own, as on real machines: a driver joins the node of its own address, the head. Folders of their
+# own for what ships: each node that joins would remove that in which the others are at work.
 added = [
     cluster.add_node(
         num_cpus=2,
