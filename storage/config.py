@@ -108,7 +108,8 @@ class CacheConfig(Settings):
     """`plain`: lists that every Parquet reader understands; `compact`: packed to a fraction of that, log-probabilities
     rounded by at most 0.01 nats. Decided when the dataset is made: an existing one keeps its own."""
     hidden: list[str] = Field(default_factory=list)
-    """Hidden states to keep: `final` (input of the output head) or a module name such as `model.layers.3`."""
+    """Hidden states to keep: `final` (input of the output head), or what a module puts out: `model.layers.3`, or
+    `model.layers.3.self_attn.v_proj` for the values of its attention (not under tensor parallelism)."""
     hidden_dtype: HiddenDtype = "float16"
     """Stored precision of the hidden states; `int8` has a float32 scale for each position."""
     hidden_projection: int | None = Field(default=None, ge=1)

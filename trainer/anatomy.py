@@ -45,8 +45,8 @@ def examine(model: Any, layers: list[str], zero_stage: int, task: Task = "next_t
     if missing:
         shown = [name for name in names if name and name.count(".") <= 2][:24]
         raise InputError(
-            f"the student has no layer {missing[0]!r}; train.loss.hidden_map may name `final` or a module such as "
-            f"{', '.join(shown)}"
+            f"the student has no layer {missing[0]!r}; train.loss.hidden_map and relation_map may name `final` or a "
+            f"module such as {', '.join(shown)}"
         )
     ids = torch.arange(_PROBE_TOKENS)[None]
     was_training = model.training

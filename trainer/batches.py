@@ -164,6 +164,16 @@ def sparse_targets(targets: TargetBatch, label: Int64Array, kind: str) -> Sparse
     )
 
 
+def position_groups(batch: Batch) -> Tensor:
+    """Return sample and document, within it, of each supervised position, int64 [P, 2]; both rise."""
+    width = batch.input_ids.shape[1]
+    sample = batch.predictor // width
+    if batch.position_ids is None:
+        return torch.stack([sample, torch.zeros_like(sample)], dim=1)
+    document = (batch.position_ids == 0).cumsum(1).reshape(-1).index_select(0, batch.predictor)
+    return torch.stack([sample, document], dim=1)
+
+
 def join_batches(batches: Sequence[Batch]) -> Batch:
     """Join batches whose targets may be of several kinds, keeping their order."""
     if len(batches) == 1:

@@ -2,6 +2,8 @@
 
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +108,18 @@ def quiet_deepspeed() -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+
+
+@contextmanager
+def whole_weights(module: nn.Module | None, partitioned: bool) -> Iterator[None]:
+    """Put the parameters of a module that ZeRO 3 takes apart together while the context is open. Collective."""
+    if module is None or not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        yield
 
 
 def gradient_norm(engine: Any) -> float | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from storage.draws import draw_set
-from storage.hidden import states_tensor
+from storage.hidden import state_width, states_tensor
 from storage.parts import Part, TargetReader
 from storage.samples import Int64Array, UInt8Array
 from trainer.batches import Batch, batch_of, take_microbatches
@@ -111,6 +111,12 @@ def _read_ids(parts: Sequence[Part]) -> UInt8Array:
     """Return the ids of the samples that were read, in the order in which they were asked for."""
     order = np.argsort(np.concatenate([part.asked for part in parts]), kind="stable")
     return np.concatenate([part.samples.sample_id for part in parts])[order]
+
+
+def state_widths(dataset: TargetReader, ids: UInt8Array, layers: list[str]) -> dict[str, int]:
+    """Return the width of the teacher's states: layer → width."""
+    hidden = dataset.parts(ids)[0].targets.hidden
+    return {layer: state_width(hidden[layer]) for layer in layers}
 
 
 def channel_variance(dataset: TargetReader, ids: UInt8Array, layers: list[str]) -> dict[str, Tensor]:

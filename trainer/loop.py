@@ -115,6 +115,8 @@ class _Rank:
         if folder is not None:
             with together():
                 self.position = checkpoint.load(self.engine, folder, self.place, self.train.seed)
+        if self._module.gradients is not None:
+            self._module.gradients.squares |= self.position.gradients
 
     def _mix(self, step: int, mixer: Mixer) -> None:
         """Decide on the mixture from a step on, unless the checkpoint holds the decision."""
@@ -129,6 +131,9 @@ class _Rank:
         set_learning_rate(self.engine, learning_rate(self.train, step))
         self.engine.module.at_step(step, self.train.steps)
         losses = optimize(self.engine, self.train, self.place, step, data, counts.num_supervised)
+        gradients = self._module.gradients
+        if gradients is not None:
+            losses = gradients.observe(step, losses)
         seconds, waited = time.perf_counter() - began, feed.waited_s - waited_before
         self.position = replace(
             self.position,
@@ -137,6 +142,7 @@ class _Rank:
             tokens=self.position.tokens + counts.num_tokens,
             seconds=self.position.seconds + seconds,
             waited_s=self.position.waited_s + waited,
+            gradients={} if gradients is None else dict(gradients.squares),
         )
         if log is not None and ((step + 1) % self.train.log_every == 0 or step + 1 == self.train.steps):
             log.write(self._line(step, losses, counts, seconds, waited))

@@ -59,6 +59,10 @@ def both_ends(schedule: Schedule) -> tuple[float, float]:
     return schedule.values if isinstance(schedule, ScheduleConfig) else (schedule, schedule)
 
 
+WEIGHTS = ("ce", "kl", "hidden", "attention", "relation")
+"""Terms of the loss, by the names of their weights."""
+
+
 class LossConfig(Settings):
     """Terms that are summed into the training loss, and their weights."""
 
@@ -83,6 +87,13 @@ class LossConfig(Settings):
     heads; the student then runs eager attention."""
     attention_map: dict[str, str] = added({})
     """Dataset layer → student layer, e.g. `{model.layers.5: model.layers.2}`; the dataset keeps `cache.attention`."""
+    relation: Weight = added(0.0)
+    """Weight of the divergence between the relations of the student's positions and the teacher's (MiniLMv2)."""
+    relation_map: dict[str, str] = added({})
+    """Dataset layer → student layer, e.g. `{model.layers.5.self_attn.v_proj: model.layers.2.self_attn.v_proj}`; the
+    dataset keeps them as `cache.hidden`, whole."""
+    relation_heads: int = Field(default=1, ge=1, exclude_if=lambda value: value == 1)
+    """Relation heads that the states are cut into; the widths of both sides must be multiples."""
     beta: float = Field(default=0.5, ge=0.0, le=1.0)
     """Teacher's share of the mixture in `jsd`; 0 stands for forward, 1 for reverse KL."""
     skew: float = Field(default=0.1, gt=0.0, lt=1.0)
@@ -93,26 +104,32 @@ class LossConfig(Settings):
     exact: bool = False
     """Compare whole distributions, made from the cached hidden state `final` and the teacher's head, instead of the
     kept entries."""
-    adaptive: Literal["none", "uncertainty"] = "none"
+    adaptive: Literal["none", "uncertainty", "gradient"] = "none"
     """`uncertainty` learns the weights (Kendall et al. 2018), beginning with the given ones: the loss of each term L
-    is ½·exp(−s)·L + ½·s with s learned, so that its weight comes to rest at 1 / (2·L)."""
+    is ½·exp(−s)·L + ½·s with s learned, so that its weight comes to rest at 1 / (2·L). `gradient` makes the given
+    weights those of the terms' gradients on the student's states: each term pulls as hard as its weight says."""
+    adaptive_every: int = Field(default=10, ge=1, exclude_if=lambda value: value == 10)
+    """Steps between two measurements of the gradients that `adaptive: gradient` weighs by."""
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> Self:
-        if max(*both_ends(self.kl), *both_ends(self.ce), *both_ends(self.hidden)) <= 0:
-            raise ValueError("train.loss: kl, ce and hidden are all 0; give at least one a positive weight")
+        if max(end for term in WEIGHTS for end in both_ends(getattr(self, term))) <= 0:
+            raise ValueError(f"train.loss: {', '.join(WEIGHTS)} are all 0; give at least one a positive weight")
         if self.transfers and not self.hidden_map:
             raise ValueError("train.loss.hidden is positive but train.loss.hidden_map names no layers")
+        if self.relates and not self.relation_map:
+            raise ValueError("train.loss.relation is positive but train.loss.relation_map names no layers")
         if self.attends and not self.attention_map:
             raise ValueError("train.loss.attention is positive but train.loss.attention_map names no layers")
         if min(both_ends(self.temperature)) <= 0:
             raise ValueError("train.loss.temperature must stay above 0; give its schedule a positive start and end")
-        if self.adaptive != "none" and any(
-            isinstance(w, ScheduleConfig) for w in (self.kl, self.ce, self.hidden, self.attention)
-        ):
+        if self.adaptive == "gradient" and self.attends:
             raise ValueError(
-                "train.loss.adaptive learns the weights; give kl, ce and hidden as plain numbers beside it"
+                "train.loss.adaptive gradient weighs terms by their gradients on hidden states, but that of attention "
+                "reaches these through the layer alone; set adaptive to uncertainty, or leave attention out"
             )
+        if self.adaptive == "uncertainty" and any(isinstance(getattr(self, term), ScheduleConfig) for term in WEIGHTS):
+            raise ValueError("train.loss.adaptive uncertainty learns the weights; give them as plain numbers beside it")
         return self
 
     @property
@@ -131,6 +148,11 @@ class LossConfig(Settings):
         return max(both_ends(self.attention)) > 0
 
     @property
+    def relates(self) -> bool:
+        """Whether relations between positions are compared."""
+        return max(both_ends(self.relation)) > 0
+
+    @property
     def attention_layers(self) -> tuple[str, ...]:
         """Return the dataset layers whose attention is needed."""
         return tuple(self.attention_map) if self.attends else ()
@@ -139,7 +161,17 @@ class LossConfig(Settings):
     def layers(self) -> tuple[str, ...]:
         """Return the dataset layers whose hidden states are needed."""
         final = ("final",) if self.exact and self.distils else ()
-        return tuple(dict.fromkeys((*final, *(self.hidden_map if self.transfers else ()))))
+        return tuple(dict.fromkeys((*final, *(layer for layer, _ in self._pairs))))
+
+    @property
+    def student_layers(self) -> tuple[str, ...]:
+        """Return the student's layers whose states are compared with cached ones."""
+        return tuple(dict.fromkeys(own for _, own in self._pairs))
+
+    @property
+    def _pairs(self) -> list[tuple[str, str]]:
+        hidden = self.hidden_map.items() if self.transfers else ()
+        return [*hidden, *(self.relation_map.items() if self.relates else ())]
 
     @property
     def softened(self) -> bool:

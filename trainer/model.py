@@ -1,5 +1,6 @@
 """The student with its projectors and its loss: the module that turns a batch into what DeepSpeed minimises."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,19 +9,21 @@ from torch import Tensor, nn
 from storage.classes import padded_with
 from storage.heads import FINAL, Head
 from trainer.anatomy import HeadPath, record_attention, record_layers
-from trainer.batches import Batch
+from trainer.batches import Batch, position_groups
+from trainer.engine import whole_weights
 from trainer.loss_config import LossConfig
 from trainer.losses import FullTeacher, HeadTerms, chosen_divergence, class_loss, head_loss, logits_loss
 from trainer.losses.attention import attention_distance
-from trainer.losses.balance import Balance
+from trainer.losses.balance import Balance, GradientBalance, squared_gradient
 from trainer.losses.hidden import HiddenTransfer
+from trainer.losses.relation import relation_distance
 from trainer.schedules import value_at
 
 if TYPE_CHECKING:
     from trainer.ewc import Anchor
 
 TERMS = ("ce", "kl", "hidden")
-"""Terms of every loss, by the names of their weights in the config; `attention` joins them where it is asked for."""
+"""Terms of every loss, by the names of their weights in the config; others join them where they are asked for."""
 
 
 class DistilModel(nn.Module):
@@ -53,21 +56,27 @@ class DistilModel(nn.Module):
         self.transfer = transfer
         self.head_path: HeadPath = head_path
         self._loss = loss
-        self._layers = list(loss.hidden_map.values()) if transfer is not None else []
         self._teacher_head = teacher_head
         self._anchor = anchor
-        self._weighted = (*TERMS, "attention") if loss.attends else TERMS
-        self.terms = (*self._weighted, "ewc") if anchor is not None else self._weighted
-        """Names of the terms that `forward` tells."""
-        self._maps = dict(loss.attention_map) if loss.attends else {}
+        beside = {"attention": loss.attends, "relation": loss.relates}
+        self._weighted = (*TERMS, *(name for name, is_asked in beside.items() if is_asked))
         self._divergence = chosen_divergence(loss) if loss.distils else None
         self.balance = Balance([float(w) for w in self._fixed(0, 1)]) if loss.adaptive == "uncertainty" else None
+        self.gradients: GradientBalance | None = None
+        if loss.adaptive == "gradient":
+            self.gradients = GradientBalance(self._weighted, loss.adaptive_every)
+        measured = () if self.gradients is None else self.gradients.names
+        self.terms = (*self._weighted, *measured, *(("ewc",) if anchor is not None else ()))
+        """Names of the terms that `forward` tells."""
         self.at_step(0, 1)
 
     def at_step(self, step: int, steps: int) -> None:
         """Set weights and temperature to those of step 0, 1, … of a run of `steps`; learned weights stay."""
         self._weights = self._fixed(step, steps)
         self._temperature = value_at(self._loss.temperature, step, steps)
+        self._measures = self.gradients is not None and self.gradients.is_due(step)
+        if self.gradients is not None:
+            self._weights = self.gradients.weights(self._weights)
 
     def weights(self) -> dict[str, float]:
         """Return the weight of each term, by its name in the config."""
@@ -86,46 +95,96 @@ class DistilModel(nn.Module):
         if self.balance is not None:
             learned = self.balance()
             self._weights = self.balance.weights(learned)
-        with (
-            record_layers(self.model, self._layers) as seen,
-            record_attention(self.model, list(self._maps.values())) as maps,
-        ):
-            states = predictor_states(self.model, batch) if self.head_path != "model" else None
-            total, each = self._head(batch, states)
-        hidden = total.new_zeros(())
-        if self.transfer is not None:
-            student = {
-                layer: states if name == "final" and states is not None else _rows(seen[name], batch.predictor)
-                for layer, name in self._loss.hidden_map.items()
-            }
-            hidden = self.transfer(student, batch.hidden, batch.hidden_rows, self._hidden_weight)
-            total = total + self._weights[2] * hidden
-        divergence = each[1] if len(each) > 1 else each.new_zeros(())
-        parts = [each[0], divergence, hidden.detach()]
-        if self._maps and batch.map_count is not None:
-            looked = {layer: maps[name] for layer, name in self._maps.items()}
-            distance = attention_distance(looked, batch.maps, batch.predictor, batch.map_count, self._hidden_weight)
-            total, parts = total + self._weights[3] * distance, [*parts, distance.detach()]
-        sums = torch.stack(parts)
+        maps_of = self._loss.attention_map if self._loss.attends else {}
+        wanted = [layer for layer in self._loss.student_layers if layer != FINAL or self.head_path == "model"]
+        with record_layers(self.model, wanted) as seen, record_attention(self.model, list(maps_of.values())) as maps:
+            fused = self.head_path != "model"
+            scored = (predictor_states if fused else predictor_logits)(self.model, batch)
+        total, each = self._head(scored, batch, self._head_terms())
+        sums = {"ce": each[0], "kl": each[1] if len(each) > 1 else each.new_zeros(())}
+        states = {layer: _rows(tensor, batch.predictor) for layer, tensor in seen.items()}
+        if fused:
+            states[FINAL] = scored
+        looked = {layer: maps[name] for layer, name in maps_of.items()}
+        extra = self._on_states(states, batch)
+        if looked and batch.map_count is not None:
+            extra["attention"] = attention_distance(
+                looked, batch.maps, batch.predictor, batch.map_count, self._hidden_weight
+            )
+        for name, value in extra.items():
+            total = total + self._weights[self._weighted.index(name)] * value
+            sums[name] = value.detach()
+        told = torch.stack([sums.get(name, total.new_zeros(())) for name in self._weighted])
         if self.balance is not None and learned is not None:
-            total = total + self.balance.rest(learned, sums, batch.num_supervised)
+            total = total + self.balance.rest(learned, told, batch.num_supervised)
+        if self.gradients is not None:
+            told = torch.cat([told, self._gradients(scored, states, batch)])
         if self._anchor is not None:
             # The loss is divided by the supervised tokens of the whole step: all its batches together add it once.
             penalty = self._anchor.penalty(self.model) * batch.num_supervised
-            total, sums = total + penalty, torch.cat([sums, penalty.detach()[None]])
-        return total, sums
+            total, told = total + penalty, torch.cat([told, penalty.detach()[None]])
+        return total, told
 
-    def _head(self, batch: Batch, states: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _on_states(self, states: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Return the terms on hidden states, from the student's states of each layer at the P positions."""
+        found: dict[str, Tensor] = {}
+        loss, rows, weight = self._loss, batch.hidden_rows, self._hidden_weight
+        if self.transfer is not None:
+            mine = {layer: states[name] for layer, name in loss.hidden_map.items()}
+            found["hidden"] = self.transfer(mine, batch.hidden, rows, weight)
+        if loss.relates:
+            mine = {layer: states[name] for layer, name in loss.relation_map.items()}
+            found["relation"] = relation_distance(
+                mine, batch.hidden, loss.relation_heads, position_groups(batch), rows, weight
+            )
+        return found
+
+    def _gradients(self, scored: Tensor, states: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Return the squared gradient of each term on what it is made of, summed over positions; 0 if not now."""
+        found = scored.new_zeros(len(self._weighted), dtype=torch.float32)
+        if not (self._measures and self.training):
+            return found
+        divergences = [(1.0, self._divergence)] if self._divergence is not None else []
+        alone = {"ce": HeadTerms(1.0), "kl": HeadTerms(0.0, divergences, self._temperature)}
+        with whole_weights(self.model.get_output_embeddings(), self.head_path == "module"):
+            for n, name in enumerate(self._weighted):
+                if not self._weights[n]:
+                    continue
+                if name in alone:
+
+                    def head(leaf: Mapping[str, Tensor], terms: HeadTerms = alone[name]) -> Tensor:
+                        return self._head(leaf[FINAL], batch, terms, whole=True)[0]
+
+                    found[n] = squared_gradient(head, {FINAL: scored})
+                else:
+
+                    def term(leaf: Mapping[str, Tensor], name: str = name) -> Tensor:
+                        return self._on_states(leaf, batch)[name]
+
+                    # Where one position in w keeps states, its gradient stands for w of them, each a w-th as long.
+                    found[n] = squared_gradient(term, states) / self._hidden_weight
+        return found
+
+    def _head_terms(self) -> HeadTerms:
         hard, soft, *_ = self._weights
-        terms = HeadTerms(hard, [] if self._divergence is None else [(soft, self._divergence)], self._temperature)
-        teacher = self._teacher(batch)
-        if states is None:
+        return HeadTerms(hard, [] if self._divergence is None else [(soft, self._divergence)], self._temperature)
+
+    def _head(self, scored: Tensor, batch: Batch, terms: HeadTerms, whole: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the terms at the output head, from the states [P, width] that it takes, or from logits [P, V].
+
+        With its weights `whole`, they get no gradient.
+        """
+        teacher = self._teacher(batch) if terms.divergences else None
+        if self.head_path == "model":
             of_logits = logits_loss if batch.classifier is None else class_loss
-            return of_logits(predictor_logits(self.model, batch), batch.targets, terms, teacher)
+            return of_logits(scored, batch.targets, terms, teacher)
         head = self.model.get_output_embeddings()
+        if whole:
+            bias = None if head.bias is None else head.bias.detach()
+            return head_loss(scored, head.weight.detach(), bias, batch.targets, terms, teacher)
         if self.head_path == "module":
-            return logits_loss(head(states), batch.targets, terms, teacher)
-        return head_loss(states, head.weight, head.bias, batch.targets, terms, teacher)
+            return logits_loss(head(scored), batch.targets, terms, teacher)
+        return head_loss(scored, head.weight, head.bias, batch.targets, terms, teacher)
 
     def _teacher(self, batch: Batch) -> FullTeacher | None:
         """Return whole distributions where the divergence asks for them."""

@@ -82,10 +82,10 @@ def _checked(training: Training, samples: SampleSet) -> tuple[str | None, Planne
     _check_layers(dataset, train.loss)
     _check_ewc(training, samples, dataset)
     classifies = training.identity.capture.task != "next_token"
-    if classifies or train.loss.transfers or train.loss.attends or student.frozen or student.lora:
+    if classifies or train.loss.student_layers or train.loss.attends or student.frozen or student.lora:
         model = build_student(student, folder, training.identity)
         prepare_student(model, student, train.loss)
-        examine(model, list(train.loss.hidden_map.values()), train.zero_stage, training.identity.capture.task)
+        examine(model, list(train.loss.student_layers), train.zero_stage, training.identity.capture.task)
     return folder, order
 
 
@@ -180,9 +180,14 @@ def _check_layers(dataset: DatasetUnion, loss: LossConfig) -> None:
             if layer not in held:
                 raise InputError(
                     f"{other.store.shown()} holds no hidden states of layer {layer!r}; it holds "
-                    f"{', '.join(held) or 'none'}. Name one of these in train.loss.hidden_map, or add the layer to "
-                    "cache.hidden and capture again"
+                    f"{', '.join(held) or 'none'}. Name one of these in train.loss.hidden_map or relation_map, or add "
+                    "the layer to cache.hidden and capture again"
                 )
+        if loss.relates and other.identity.capture.hidden_projection is not None:
+            raise InputError(
+                f"train.loss.relation needs whole states, but {other.store.shown()} holds them projected to "
+                f"{other.identity.capture.hidden_projection} values; capture without cache.hidden_projection"
+            )
 
 
 def _resume_point(store: Store, facts: dict[str, Any]) -> tuple[str | None, int]:

@@ -119,6 +119,8 @@ def _training(data: ReportData) -> Section:
         ("ce", "Cross-entropy", "Hard labels of the training batches, nats per token.", None, short),
         ("kl", "KL from the teacher", "On the training batches, nats per token.", 0.0, short),
         ("hidden", "Hidden states", "Error of the projected hidden states.", 0.0, short),
+        ("attention", "Attention", "Squared distance of the attention rows.", 0.0, short),
+        ("relation", "Relations", "KL of the positions' relations from the teacher's, nats per token.", 0.0, short),
     )
     running = (
         ("tokens_per_s", "Throughput", "Tokens per second, all ranks together.", 0.0, short),

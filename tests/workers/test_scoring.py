@@ -105,6 +105,14 @@ def test_unknown_layer_lists_those_that_exist() -> None:
         check_layers(tiny_model("qwen2"), ["final", "model.layers.7"])
 
 
+def test_parts_of_a_block_are_refused_where_tensor_parallelism_splits_them() -> None:
+    model, values = tiny_model("qwen2"), "model.layers.1.self_attn.v_proj"
+    check_layers(model, [values])
+    check_layers(model, ["final", "model.layers.1", "model.layers.1.self_attn"], split=True)
+    with pytest.raises(InputError, match=rf"own share of what {values} puts out; set teacher.sharding to zero3"):
+        check_layers(model, [values], split=True)
+
+
 @pytest.mark.parametrize("num_ranks,data_parallel", [(1, False), (3, False), (2, True)])
 def test_samples_with_logits_that_are_no_numbers_are_left_out(num_ranks: int, data_parallel: bool) -> None:
     model, how = tiny_model("qwen2"), settings(data_parallel, hidden=("final",))

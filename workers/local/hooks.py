@@ -14,13 +14,22 @@ from storage.heads import FINAL
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
-def check_layers(model: nn.Module, layers: Sequence[str]) -> None:
-    """Raise InputError, listing what there is, unless every layer is `final` or a module of the model."""
+def check_layers(model: nn.Module, layers: Sequence[str], split: bool = False) -> None:
+    """Raise InputError, listing what there is, unless every layer is `final` or a module of the model.
+
+    Where tensor parallelism will have `split` the model, parts of a block, such as its projections, do not count: each
+    rank has its own share of what they put out.
+    """
     modules = dict(model.named_modules())
     for layer in layers:
         if layer != FINAL and layer not in modules:
             blocks = [name for name in modules if name.split(".")[-1].isdigit() and name.count(".") <= 2]
             raise InputError(f"cache.hidden: the teacher has no layer {layer!r}; there are {FINAL!r} and {blocks}")
+        if split and layer != FINAL and not any(modules[layer].children()):
+            raise InputError(
+                f"cache.hidden: under tensor_parallel every rank has its own share of what {layer} puts out; set "
+                "teacher.sharding to zero3, or to none with one rank, or name a whole block"
+            )
 
 
 def attention_module(model: nn.Module, layer: str) -> nn.Module:

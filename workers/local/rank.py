@@ -94,7 +94,7 @@ class Rank(BaseRank):
             from workers.local.head import output_head
             from workers.local.hooks import attention_module, check_layers
 
-            check_layers(model, capture.hidden)
+            check_layers(model, capture.hidden, job.teacher.sharding == "tensor_parallel" and job.teacher.ranks > 1)
             for layer in capture.attention:
                 attention_module(model, layer)
             if place.rank == 0 and FINAL in capture.hidden:
