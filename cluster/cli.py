@@ -58,6 +58,10 @@ def plan(
         float | None,
         typer.Option("--train-tokens-per-s", metavar="N", min=0.001, help="Rate of a training, for its hours."),
     ] = None,
+    like: Annotated[
+        str | None,
+        typer.Option("--like", metavar="RUN", help="Run directory whose rates and start-up times are taken."),
+    ] = None,
 ) -> None:
     """What a run would do and cost: samples, tokens, units, bytes, hours and prices of machines. Runs no model."""
     from cluster import commands
@@ -68,7 +72,7 @@ def plan(
     if config is None:
         raise typer.BadParameter("name a config, or ask for --schema", param_hint="CONFIG")
     path = config
-    _run(lambda out: commands.plan(out, path, set_ or [], run_dir, rate, train_rate), as_json, debug)
+    _run(lambda out: commands.plan(out, path, set_ or [], run_dir, rate, train_rate, like), as_json, debug)
 
 
 @app.command()

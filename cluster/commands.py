@@ -26,11 +26,16 @@ def plan(
     run_dir: str | None,
     capture_rate: float | None = None,
     train_rate: float | None = None,
+    like: str | None = None,
 ) -> dict[str, Any]:
-    """Show what a run would do and cost, and keep it for the run's report."""
+    """Show what a run would do and cost, and keep it for the run's report.
+
+    Rates are those given, else those that the run `like` measured, else this run itself.
+    """
     config = load_config(path, overrides)
     from cluster.api_plan import api_plan, awaits_completions, local_generation
-    from cluster.plan import Rates, keep_plan, make_plan
+    from cluster.plan import keep_plan, make_plan
+    from cluster.rates import measured_rates
     from cluster.tables import show_api_plan, show_local_generation, show_plan
 
     if awaits_completions(config) and config.teacher.kind == "local":
@@ -42,7 +47,8 @@ def plan(
         show_api_plan(out, spending)
         return {"api": spending}
     run = _run_dir(out, path, run_dir)
-    found = make_plan(config, run, Rates(capture_rate, train_rate))
+    rates = measured_rates(run if like is None else _finished(like)).given(capture_rate, train_rate)
+    found = make_plan(config, run, rates)
     keep_plan(run, found)
     show_plan(out, found)
     return found.to_json()
@@ -234,6 +240,14 @@ def datasets_of(
         raise InputError(str(error)) from error
     config, run = _run_of(out, target, overrides, run_dir)
     return [config.cache.url, *config.cache.also], run
+
+
+def _finished(like: str) -> RunDir:
+    """The run directory that rates are taken from."""
+    run = RunDir(like)
+    if run.store.read_if_exists(RESOLVED_KEY) is None:
+        raise InputError(f"--like {like} is no run directory: it holds no {RESOLVED_KEY}")
+    return run
 
 
 def _is_config(target: str) -> bool:

@@ -1,7 +1,6 @@
 """What a run would do and cost, before anything is spent: reads text, runs no model, imports no torch and no ray."""
 
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -18,7 +17,9 @@ from cluster.checks import (
     uses_chat_template,
 )
 from cluster.config import RunConfig
+from cluster.estimate import bytes_per_token
 from cluster.pricing import RunCost, stage_costs
+from cluster.rates import Rates, measured_rates
 from cluster.rundir import RunDir
 from cluster.selection import capture_rows, heldout_rows
 from storage.identity import DatasetIdentity
@@ -32,17 +33,6 @@ from workers.embedded import ensure_tokenizer, find_teacher
 from workers.model_folder import resolve_model, teacher_identity
 from workers.units import plan_units
 from workers.work import lacking
-
-LOGPROB_BYTES = 1.55
-"""Compressed bytes of one stored log-probability, as measured on English and Python text."""
-ID_BYTES_PER_BIT = 0.1
-"""Compressed bytes of one stored token id, per bit of the vocabulary's size; likewise."""
-COMPACT_ENTRY_BYTES = {"sampled": 1.4, "topk": 2.1, "hybrid": 2.1}
-"""Packed bytes of an entry with codec `compact`."""
-SAMPLED_DRAWS_BYTES = 0.3
-"""Compressed bytes of how often an entry was drawn (kind `sampled`, which keeps no log-probability); likewise."""
-POSITION_BYTES = 2.8
-"""Compressed bytes of a supervised position besides its entries (token, masks, count, tail); likewise."""
 
 
 @dataclass
@@ -96,27 +86,20 @@ class Plan:
 PLAN_KEY = "plan.json"
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Tokens per second of all machines of a stage together; None takes an earlier run's, where there is one."""
-
-    capture: float | None = None
-    train: float | None = None
-
-
-def make_plan(config: RunConfig, run: RunDir, rates: Rates = Rates()) -> Plan:
+def make_plan(config: RunConfig, run: RunDir, rates: Rates | None = None) -> Plan:
     """Prepare the samples in the run directory, where `run` finds them again, and count what is to be done.
 
     Args:
         config: the checked config.
-        run: where samples are kept, and where the rates of earlier stages are looked up.
-        rates: of teacher and training; override the earlier ones.
+        run: where samples are kept, and where rates are looked up that are not given.
+        rates: what is known of teacher and training.
 
     Raises:
         InputError: anything that `run` would refuse before it spends something.
     """
     checks, unknown = list[str](), list[str]()
     run.probe()
+    rates = measured_rates(run) if rates is None else rates
     tokenizer = _tokenizer(config, checks)
     samples = prepare_samples(config.data, tokenizer, run.path("samples"))
     check_tasks(config)
@@ -128,15 +111,15 @@ def make_plan(config: RunConfig, run: RunDir, rates: Rates = Rates()) -> Plan:
     fingerprint = identity.fingerprint if identity is not None else ""
     units = plan_units(missing, samples.num_tokens, samples.sample_ids, fingerprint, config.cache.unit_tokens, rows)
     measured = dataset is not None and dataset.totals().supervised > 0
-    per_token = dataset.totals().bytes_per_token if dataset and measured else _estimate(config, tokenizer)
-    rate = rates.capture or _known_rate(run)
+    per_token = dataset.totals().bytes_per_token if dataset and measured else _assumed(config, tokenizer)
+    rate = rates.capture
     missing_tokens = int(samples.num_tokens[missing].sum())
     hours = missing_tokens / rate / 3600 * config.teacher.replicas.max if rate else None
     expected_bytes = round(per_token * int(samples.num_supervised[missing].sum()))
     passes = source_passes(config, samples)
     api = api_plan(config, len(missing), missing_tokens) if config.teacher.kind != "local" else None
     held = dataset.totals().bytes if dataset is not None else 0
-    money = _money(config, run, samples, Rates(rate, rates.train), missing_tokens, passes, api, held + expected_bytes)
+    money = _money(config, samples, rates, missing_tokens, passes, api, held + expected_bytes)
     return Plan(
         sources=samples.summary(),
         samples=len(rows),
@@ -166,7 +149,6 @@ def make_plan(config: RunConfig, run: RunDir, rates: Rates = Rates()) -> Plan:
 
 def _money(
     config: RunConfig,
-    run: RunDir,
     samples: SampleSet,
     rates: Rates,
     missing_tokens: int,
@@ -185,11 +167,10 @@ def _money(
     stages = stage_costs(
         cluster,
         capture_tokens=0 if config.teacher.kind == "api" else missing_tokens,
-        capture_rate=rates.capture,
+        rates=rates,
         ranks=config.teacher.ranks,
         replicas=config.teacher.replicas.max,
         train_tokens=round(drawn),
-        train_rate=rates.train or _train_rate(run),
         workers=max(stage.train.workers for stage in config.chain("student")),
         trainings=models,
         evaluate_tokens=held_out * models,
@@ -266,18 +247,10 @@ def _missing(
     return left.rows, left.refused.total(), measured
 
 
-def _estimate(config: RunConfig, tokenizer: Tokenizer) -> float:
-    """Bytes per supervised token for datasets of this kind; draws count as if all of them were different tokens."""
-    cache = config.cache
-    draws = cache.draws * cache.draw_sets
-    kept = {"topk": cache.top_k, "hybrid": cache.top_k + draws, "sampled": draws, "dense": tokenizer.vocab_size}
-    entries = kept.get(cache.kind, 0)
-    entry_bytes = ID_BYTES_PER_BIT * math.log2(tokenizer.vocab_size)
-    entry_bytes += SAMPLED_DRAWS_BYTES if cache.kind == "sampled" else LOGPROB_BYTES
-    if cache.codec == "compact":
-        entry_bytes = COMPACT_ENTRY_BYTES.get(cache.kind, 0.0)
-    hidden_bytes = 2.0 * _hidden_width(config) * len(set(cache.hidden)) if cache.hidden else 0.0
-    return POSITION_BYTES + entry_bytes * min(entries, tokenizer.vocab_size) + hidden_bytes
+def _assumed(config: RunConfig, tokenizer: Tokenizer) -> float:
+    """Bytes per supervised token before anything is captured."""
+    width = _hidden_width(config) if config.cache.hidden else 0
+    return bytes_per_token(config.cache, tokenizer.vocab_size, width)
 
 
 def _hidden_width(config: RunConfig) -> int:
@@ -286,19 +259,6 @@ def _hidden_width(config: RunConfig) -> int:
     folder = resolve_model(config.teacher.name, config.teacher.revision, weights=False)
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return int({**fields, **(fields.get("text_config") or {})}.get("hidden_size", 0))
-
-
-def _known_rate(run: RunDir) -> float | None:
-    """Rate of the last capture in this run directory."""
-    result = run.result("capture") or {}
-    rate = result.get("last", {}).get("tokens_per_s")
-    return float(rate) if rate else None
-
-
-def _train_rate(run: RunDir) -> float | None:
-    """Rate of the last training in this run directory."""
-    rate = (run.result("student") or {}).get("tokens_per_s")
-    return float(rate) if rate else None
 
 
 def keep_plan(run: RunDir, plan: Plan) -> None:

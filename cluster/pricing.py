@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cluster.config import ClusterConfig, NodeTypeConfig
+from cluster.rates import Rates
 
 FORWARD_SHARE = 1 / 3
 """Work of a forward pass as a share of a training step: forward, and a backward pass of twice its operations
@@ -25,11 +26,13 @@ class StageCost:
     node_type: str | None
     price_per_hour: float
     """Of one node."""
+    start_s: float = 0.0
+    """Seconds to start and to end it, as measured before; 0 where they are not known."""
 
     @property
     def hours(self) -> float | None:
-        """Wall-clock hours: tokens / rate."""
-        return self.tokens / self.tokens_per_s / 3600 if self.tokens_per_s else None
+        """Wall-clock hours: tokens / rate, and the start."""
+        return (self.tokens / self.tokens_per_s + self.start_s) / 3600 if self.tokens_per_s else None
 
     @property
     def node_hours(self) -> float | None:
@@ -122,11 +125,10 @@ def stage_costs(
     cluster: ClusterConfig,
     *,
     capture_tokens: int,
-    capture_rate: float | None,
+    rates: Rates,
     ranks: int,
     replicas: int,
     train_tokens: int,
-    train_rate: float | None,
     workers: int,
     trainings: int,
     evaluate_tokens: int,
@@ -135,34 +137,36 @@ def stage_costs(
 
     Args:
         capture_tokens: tokens that the teacher's machines score (0 for one behind an API).
-        capture_rate: tokens per second of all replicas together.
+        rates: where that of the evaluation is not known, it is told from the training's, see `FORWARD_SHARE`.
         train_tokens: of one training.
-        train_rate: tokens per second of all workers together; the evaluation's is told from it, see `FORWARD_SHARE`.
         trainings: 2 with a baseline.
         evaluate_tokens: held-out tokens, of all models together.
     """
     gpu = cluster.uses_gpus
     on_capture, on_train, on_evaluate = (cluster.node_type(stage) for stage in ("capture", "train", "evaluate"))
-    per_worker = train_rate / workers if train_rate else None
+    evaluate_rate = rates.evaluate or (rates.train / workers / FORWARD_SHARE if rates.train else None)
     if on_capture is None:
         capture_nodes, price = replicas, cluster.price_per_hour
     else:
         capture_nodes, price = num_nodes(ranks * replicas, on_capture, gpu), on_capture.price_per_hour
     placed = cluster.placement
     made = [
-        StageCost("capture", capture_tokens, capture_rate, capture_nodes, placed.capture, price),
+        StageCost(
+            "capture", capture_tokens, rates.capture, capture_nodes, placed.capture, price, rates.capture_start_s
+        ),
         StageCost(
             "train",
             train_tokens * trainings,
-            train_rate,
+            rates.train,
             num_nodes(workers, on_train, gpu),
             placed.train,
             on_train.price_per_hour if on_train else 0.0,
+            rates.train_start_s * trainings,
         ),
         StageCost(
             "evaluate",
             evaluate_tokens,
-            per_worker / FORWARD_SHARE if per_worker else None,
+            evaluate_rate,
             1,
             placed.evaluate,
             on_evaluate.price_per_hour if on_evaluate else 0.0,

@@ -78,7 +78,7 @@ def show_money(out: Terminal, money: dict[str, Any]) -> None:
     if money["unknown"]:
         out.say(
             f"  ? hours of {', '.join(money['unknown'])}: no rate is known yet; give --tokens-per-s and "
-            "--train-tokens-per-s, or run a part first"
+            "--train-tokens-per-s, name a run with --like, or run a part first"
         )
 
 
@@ -129,7 +129,7 @@ def _caps(api: dict[str, Any]) -> str:
 
 def _hours(plan: "Plan") -> str:
     if plan.teacher_hours is None:
-        return "unknown until a capture ran here; give a rate with --tokens-per-s"
+        return "unknown until a capture ran here; give a rate with --tokens-per-s, or a run with --like"
     return f"{plan.teacher_hours:.3g} at {count(plan.tokens_per_s or 0)} tokens/s"
 
 

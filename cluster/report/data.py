@@ -10,7 +10,7 @@ import numpy as np
 from cluster.config import RunConfig
 from cluster.inspect import refused_reasons
 from cluster.plan import PLAN_KEY
-from cluster.report.outcome import compare, machine_cost
+from cluster.report.outcome import compare, machine_cost, overhead
 from cluster.report.timeline import Timeline, failures, spending, timeline
 from cluster.rundir import EVENTS_KEY, METRICS_KEY, RESOLVED_KEY, RunDir
 from cluster.sample_view import SampleView, view_sample
@@ -89,6 +89,7 @@ def collect(run: RunDir, config: RunConfig, dataset: Dataset, tokenizer: Tokeniz
         "eval": {name: results["evaluate"].get(name) for name in ("teacher", "student", "baseline")},
         "cost": {key: cost[key] for key in ("currency", "spent", "reserved", "cap", "machines", "api")},
         "plan": compare(_plan(run), events, line.stage_seconds, cost),
+        "overhead": overhead(events),
         "nodes": {name: round(hours, 4) for name, hours in line.node_hours.items()},
         "failures": failures(events),
     }

@@ -1,6 +1,7 @@
 """The plan beside what happened, and what the run has cost."""
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from cluster.config import ClusterConfig
@@ -53,6 +54,35 @@ def compare(
         if money["api_worst"] or cost["api"]:
             rows.append(_row("API", money["api_expected"], cost["api"], cost["currency"]))
     return [row for row in rows if row["planned"] is not None or row["happened"]]
+
+
+def overhead(events: Sequence[Event]) -> dict[str, Any] | None:
+    """Return `{wall_s, work_s, share, around}`: the time of the commands, and of their stages' own work.
+
+    Own work is tokens that are scored or trained on, and whole stages that do no more than start with it; `share` is
+    what the commands took beyond it, as a share of it, and `around` the seconds of each stage before and after it.
+    Commands that did nothing new, or did not end, are left out; None where all are.
+    """
+    wall, work, around = 0.0, 0.0, dict[str, float]()
+    began: datetime | None = None
+    done: list[Event] = []
+    for event in events:
+        name = event.get("event")
+        if name == "command_started":
+            began, done = datetime.fromisoformat(str(event["time"])), []
+        elif name == "stage_finished" and not event.get("skipped"):
+            done.append(event)
+        elif name == "command_finished" and began is not None and done:
+            wall += (datetime.fromisoformat(str(event["time"])) - began).total_seconds()
+            for stage in done:
+                # What a command that was ended from outside had done before is in `work_s` too.
+                own = min(stage.get("work_s", stage["seconds"]), stage["seconds"])
+                work += own
+                around[stage["stage"]] = round(around.get(stage["stage"], 0.0) + stage["seconds"] - own, 3)
+            began = None
+    if not work:
+        return None
+    return {"wall_s": round(wall, 3), "work_s": round(work, 3), "share": round(wall / work - 1, 4), "around": around}
 
 
 def shown(row: Mapping[str, Any]) -> list[str]:

@@ -212,6 +212,8 @@ def _run(data: ReportData) -> Section:
     rows = _capture_rows(capture, cost["currency"])
     if summary["train"].get("order_digest"):
         rows.append(["order of samples", str(summary["train"]["order_digest"])])
+    if spent := summary["overhead"]:
+        rows.append(["overhead", f"{spent['share']:.0%} of {duration(spent['work_s'])} of the stages' own work"])
     cap = f" of at most {cost['cap']:,.2f}" if cost["cap"] else ""
     rows.append(["cost", f"{cost['spent']:,.2f} {cost['currency']}{cap}"])
     planned = [shown(row) for row in summary["plan"]]

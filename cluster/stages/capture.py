@@ -62,6 +62,8 @@ def capture(work: Workspace) -> dict[str, Any]:
             _compact(work)
         outcome.skipped = not result["scored_samples"]
         outcome.facts = {key: result[key] for key in ("scored_samples", "reused_samples")}
+        if result["scored_samples"]:
+            outcome.facts["work_s"] = round(result["last"].get("seconds", 0.0), 3)
         task.note(f"{count(result['scored_samples'])} samples scored, {count(result['reused_samples'])} reused")
     work.run.finish("capture", work.identity.fingerprint, result)
     if result["scored_samples"]:

@@ -33,7 +33,8 @@ def evaluate(work: Workspace, names: list[str]) -> dict[str, Any]:
     that the report shows. Raises InputError when there is no held-out sample or no trained model.
     """
     settings = work.config.evaluate
-    ids = _scored_ids(work, heldout_rows(work.samples, settings.samples_per_source))
+    held_out = heldout_rows(work.samples, settings.samples_per_source)
+    ids = _scored_ids(work, held_out)
     if not ids:
         raise InputError("there are no held-out samples to evaluate on; raise data.heldout_fraction")
     key = stage_key(
@@ -49,6 +50,8 @@ def evaluate(work: Workspace, names: list[str]) -> dict[str, Any]:
         outcome.skipped = result is not None
         if result is None:
             result = _scores(work, names, ids, task)
+            rows = [row for chosen in held_out.values() for row in chosen]
+            outcome.facts["tokens"] = len(names) * int(work.samples.num_tokens[rows].sum())
         task.note(", ".join(f"{name} {_mean(result[name]):.3f}" for name in ("teacher", *names)) + " nats")
     work.run.finish("evaluate", key, result)
     return result

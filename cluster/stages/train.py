@@ -81,7 +81,8 @@ def _one(work: Workspace, training: Training, facts: dict[str, Any], before: str
                 task.say(f"  {number} training samples are left out: the teacher refuses to score them")
             result = _fit(work, training, before, task)
         task.note(f"loss {result.losses['loss']:.3f}, {count(result.tokens_per_s)} tokens/s")
-        outcome.facts = {"steps": result.steps, "order_digest": result.order_digest}
+        outcome.facts = {"steps": result.steps, "order_digest": result.order_digest, "tokens": result.tokens}
+        outcome.facts["work_s"] = round(result.seconds, 3)
     work.run.finish(name, stage_key(facts), result.to_json())
     return result.to_json()
 

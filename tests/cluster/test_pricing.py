@@ -8,9 +8,11 @@ import pytest
 import yaml
 
 from cluster.config import ClusterConfig, NodeTypeConfig
+from cluster.estimate import bytes_per_token
 from cluster.loader import check_config, load_config
-from cluster.plan import COMPACT_ENTRY_BYTES, POSITION_BYTES, Rates, keep_plan, make_plan
+from cluster.plan import keep_plan, make_plan
 from cluster.pricing import RunCost, StageCost, num_nodes, price_of_replica, stage_costs
+from cluster.rates import Rates
 from cluster.rundir import RunDir
 from storage.errors import InputError
 from tests.cluster.conftest import World
@@ -25,11 +27,10 @@ def costs(cluster: ClusterConfig, **changed: Any) -> list[StageCost]:
     """A run of every stage, with some figures changed."""
     figures: dict[str, Any] = {
         "capture_tokens": 3_600_000,
-        "capture_rate": 1000.0,
+        "rates": Rates(1000.0, 500.0),
         "ranks": 4,
         "replicas": 2,
         "train_tokens": 1_800_000,
-        "train_rate": 500.0,
         "workers": 4,
         "trainings": 2,
         "evaluate_tokens": 375_000 * 36,
@@ -58,7 +59,7 @@ def test_without_node_types_a_replica_has_its_price() -> None:
 
 
 def test_a_stage_without_rate_or_work_is_said_so() -> None:
-    stages = costs(ClusterConfig(), capture_tokens=0, train_rate=None)
+    stages = costs(ClusterConfig(), capture_tokens=0, rates=Rates(1000.0))
     assert [stage.stage for stage in stages] == ["train", "evaluate"]
     assert all(stage.hours is None and stage.cost is None for stage in stages)
 
@@ -143,8 +144,8 @@ def test_the_worked_figures_of_the_32b_teacher_are_the_formulas() -> None:
     capture_rate = 4 * 362e12 * 0.30 / (2 * 32.8e9)
     train_rate = 4 * 362e12 * 0.35 / (6 * 1.5e9)
     assert round(capture_rate, -2) == 6600 and round(train_rate, -3) == 56_000
-    cache = config.cache
-    per_token = POSITION_BYTES + (cache.top_k + cache.draws) * COMPACT_ENTRY_BYTES[cache.kind]
+    per_token = bytes_per_token(config.cache, vocab_size=152_064)
+    assert f"{per_token:.1f} bytes per token" in (ROOT / "docs" / "costs.md").read_text()
     table = rows("## Worked: R1-Distill-Qwen-32B")
     assert [row[0] for row in table] == list(volumes())
     for row in table:
@@ -152,11 +153,10 @@ def test_the_worked_figures_of_the_32b_teacher_are_the_formulas() -> None:
         stages = stage_costs(
             config.cluster,
             capture_tokens=tokens,
-            capture_rate=6600.0,
+            rates=Rates(6600.0, 56_000.0),
             ranks=config.teacher.ranks,
             replicas=1,
             train_tokens=tokens,
-            train_rate=56_000.0,
             workers=config.train.workers,
             trainings=1,
             evaluate_tokens=0,

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from cluster.config import ClusterConfig
-from cluster.report.outcome import compare, machine_cost, shown
+from cluster.report.outcome import compare, machine_cost, overhead, shown
 from cluster.report.timeline import failures, spending, timeline
 
 
@@ -120,3 +120,32 @@ def test_plan_and_outcome_side_by_side() -> None:
     # Some stage had no rate, so the plan's sum would be too small to compare with.
     assert rows["machines"][1:] == ["not known", "2.50 EUR", "–"]
     assert "API" not in rows and "evaluation" not in rows
+
+
+def test_overhead_is_what_commands_take_beyond_the_work_of_their_stages() -> None:
+    ended = [
+        at(0 / 60, "command_started"),
+        at(10 / 60, "stage_finished", stage="prepare", seconds=10.0, skipped=False),
+        at(60 / 60, "stage_finished", stage="capture", seconds=50.0, skipped=False, work_s=40.0),
+        at(61 / 60, "command_finished"),
+    ]
+    killed = [
+        at(100 / 60, "command_started"),
+        at(200 / 60, "stage_finished", stage="student", seconds=90.0, skipped=False, work_s=9.0),
+    ]
+    # Most of this training was done by the command before.
+    resumed = [
+        at(300 / 60, "command_started"),
+        at(301 / 60, "stage_finished", stage="capture", seconds=0.5, skipped=True),
+        at(330 / 60, "stage_finished", stage="student", seconds=25.0, skipped=False, work_s=70.0),
+        at(331 / 60, "command_finished"),
+    ]
+    nothing = [at(400 / 60, "command_started"), at(404 / 60, "command_finished")]
+    found = overhead([*ended, *killed, *resumed, *nothing])
+    assert found == {
+        "wall_s": 92.0,
+        "work_s": 75.0,
+        "share": pytest.approx(92 / 75 - 1, abs=1e-4),
+        "around": {"prepare": 0.0, "capture": 10.0, "student": 0.0},
+    }
+    assert overhead(killed) is None and overhead([]) is None
