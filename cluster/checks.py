@@ -90,7 +90,7 @@ def check_future_teacher(config: RunConfig, tokenizer: Tokenizer) -> int:
 def check_curriculum(config: RunConfig, samples: SampleSet) -> None:
     """Check that the curricula name sources that exist, have training samples and suffice for their passes."""
     scored = config.evaluate.samples_per_source
-    for stage, passes in zip(config.chain("student"), _passes(config, samples), strict=True):
+    for stage, passes in zip(config.chain(), _passes(config, samples), strict=True):
         adaptive, most = stage.curriculum.adaptive, stage.curriculum.max_epochs
         if adaptive is not None and adaptive.samples > scored:
             raise InputError(
@@ -123,7 +123,7 @@ def _passes(config: RunConfig, samples: SampleSet) -> list[dict[str, float]]:
     counts = {name: len(samples.rows("train", name)) for name in samples.source_names}
     found: list[dict[str, float]] = []
     earlier: dict[str, float] = {}
-    for stage in config.chain("student"):
+    for stage in config.chain():
         shares = planned_shares(stage.curriculum, counts, stage.train.steps, earlier)
         drawn = planned_counts(shares, stage.train.global_batch_size).sum(axis=0)
         hard = stage.curriculum.difficulty

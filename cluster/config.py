@@ -12,7 +12,7 @@ from storage.settings import Settings
 from trainer.config import EvaluateConfig, StageConfig, StudentConfig, TrainConfig, inherited
 from trainer.curriculum_config import CurriculumConfig
 from trainer.served import require_served
-from trainer.stages import Stage, chain, on_hard_labels
+from trainer.stages import Model, Stage, chain, models, on_hard_labels, with_seed
 from workers.api.config import GenerateConfig
 from workers.config import BudgetConfig, TeacherConfig
 
@@ -127,15 +127,25 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _stages_have_names_of_their_own(self) -> Self:
         names = [stage.name for stage in self.stages]
+        if any(stage.train.seeds != self.train.seeds for stage in self.stages):
+            raise ValueError("stages: train.seeds holds for all stages; name it in the section train alone")
         twice = [name for n, name in enumerate(names) if name in names[:n]]
         if twice:
             raise ValueError(f"stages: the name {twice[0]!r} is given twice; a stage's model is kept under its name")
         return self
 
-    def chain(self, name: str) -> list[Stage]:
-        """Return the trainings that lead to `student` or `baseline`, in order."""
-        stages = chain(name, self.student, self.train, self.curriculum, self.stages)
-        return stages if name == "student" else [on_hard_labels(stage) for stage in stages]
+    @property
+    def models(self) -> list[Model]:
+        """The models that a run trains, in order."""
+        return models(self.train.seeds, self.evaluate.baseline)
+
+    def chain(self, model: Model | None = None) -> list[Stage]:
+        """Return the trainings that lead to a model, in order; without one, to the first student."""
+        model = model or self.models[0]
+        stages = chain(model.name, self.student, self.train, self.curriculum, self.stages)
+        if model.seed is not None:
+            stages = [with_seed(stage, model.seed) for stage in stages]
+        return stages if model.kind == "student" else [on_hard_labels(stage) for stage in stages]
 
     @model_validator(mode="after")
     def _classes_fit_the_samples(self) -> Self:
@@ -157,7 +167,7 @@ class RunConfig(Settings):
             )
         if self.evaluate.tasks:
             raise ValueError(f"evaluate.tasks ask for text, which a student of teacher.task {task} does not write")
-        if any(stage.curriculum.adaptive for stage in self.chain("student")):
+        if any(stage.curriculum.adaptive for stage in self.chain()):
             raise ValueError(
                 f"curriculum.adaptive compares losses of next tokens; with teacher.task {task} give the shares in "
                 "curriculum.start and curriculum.end"
@@ -171,7 +181,7 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _targets_serve_the_loss(self) -> Self:
         try:
-            for stage in self.chain("student"):
+            for stage in self.chain():
                 require_served(stage.train.loss, self._capture)
         except InputError as error:
             raise ValueError(str(error)) from error

@@ -1,4 +1,4 @@
-"""A whole run: prepare → teacher → capture → train student → train baseline → evaluate → report."""
+"""A whole run: prepare → teacher → capture → train student and baseline → evaluate → report."""
 
 import os
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from cluster.config import RunConfig
 from cluster.plan import PLAN_KEY, keep_plan, make_plan
 from cluster.progress import Progress
+from cluster.report.seeds import over_seeds
 from cluster.rundir import RunDir
 from cluster.stages.capture import capture, open_dataset
 from cluster.stages.evaluate import evaluate
@@ -25,7 +26,6 @@ def run_pipeline(config: RunConfig, run: RunDir, progress: Progress, until: str)
     models; `run` does all of it and writes the report. Raises what the stages raise.
     """
     os.environ.update({**_QUIET, **os.environ})
-    names = ["student", "baseline"] if config.evaluate.baseline else ["student"]
     figures: dict[str, Any] = {"run_dir": run.store.shown()}
     with run.locked(), Workspace(config, run, progress) as work:
         run.event("command_started", command=until)
@@ -36,13 +36,14 @@ def run_pipeline(config: RunConfig, run: RunDir, progress: Progress, until: str)
         if until in {"capture", "run"}:
             figures["capture"] = capture(work)
         if until in {"train", "run"}:
-            for name in names:
-                figures[name] = train(work, name)
+            for model in config.models:
+                figures[model.name] = train(work, model)
         if config.cluster.joins is None:
             # An evaluation of one machine runs in this process: Ray would only take its memory.
             work.close_ray()
         if until in {"evaluate", "run"}:
-            figures["eval"] = evaluate(work, names)
+            figures["eval"] = evaluate(work, [model.name for model in config.models])
+            figures["seeds"] = over_seeds(config.models, figures["eval"])
         if until == "run":
             with work.stage("report"):
                 figures["report"] = write_report(run, config, open_dataset(work), work.tokenizer)

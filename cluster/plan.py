@@ -137,8 +137,8 @@ def make_plan(config: RunConfig, run: RunDir, rates: Rates | None = None) -> Pla
         teacher_hours=None if hours is None else round(hours, 4),
         cost=next((stage["cost"] for stage in money["stages"] if stage["stage"] == "capture"), None),
         currency=config.budget.currency,
-        steps=sum(stage.train.steps for stage in config.chain("student")),
-        train_samples=sum(stage.train.steps * stage.train.global_batch_size for stage in config.chain("student")),
+        steps=sum(stage.train.steps for stage in config.chain()),
+        train_samples=sum(stage.train.steps * stage.train.global_batch_size for stage in config.chain()),
         passes={name: round(times, 2) for name, times in passes.items()},
         money=money,
         api=api,
@@ -163,7 +163,7 @@ def _money(
         int(samples.num_tokens[rows].sum())
         for rows in heldout_rows(samples, config.evaluate.samples_per_source).values()
     )
-    models = 2 if config.evaluate.baseline else 1
+    models = len(config.models)
     stages = stage_costs(
         cluster,
         capture_tokens=0 if config.teacher.kind == "api" else missing_tokens,
@@ -171,7 +171,7 @@ def _money(
         ranks=config.teacher.ranks,
         replicas=config.teacher.replicas.max,
         train_tokens=round(drawn),
-        workers=max(stage.train.workers for stage in config.chain("student")),
+        workers=max(stage.train.workers for stage in config.chain()),
         trainings=models,
         evaluate_tokens=held_out * models,
     )

@@ -139,7 +139,7 @@ def stage_costs(
         capture_tokens: tokens that the teacher's machines score (0 for one behind an API).
         rates: where that of the evaluation is not known, it is told from the training's, see `FORWARD_SHARE`.
         train_tokens: of one training.
-        trainings: 2 with a baseline.
+        trainings: models that are trained: 2 with a baseline, for each seed.
         evaluate_tokens: held-out tokens, of all models together.
     """
     gpu = cluster.uses_gpus

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from cluster.figures import count, size
+from cluster.report.seeds import plus_minus
 from cluster.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -138,13 +139,14 @@ def show_result(out: Terminal, figures: dict[str, Any]) -> None:
     if "eval" in figures:
         out.show(_evaluation(figures["eval"]))
         _show_beside(out, figures["eval"])
+    if figures.get("seeds"):
+        out.show(_seeds(figures["seeds"]))
     facts = _facts()
     if "capture" in figures:
         found = figures["capture"]
         facts.add_row("captured", f"{found['scored_samples']:,} samples scored, {found['reused_samples']:,} reused")
-    for name in ("student", "baseline"):
-        if name in figures:
-            found = figures[name]
+    for name, found in figures.items():
+        if name.startswith(("student", "baseline")):
             facts.add_row(name, f"{found['steps']:,} steps, {count(found['parameters'])} parameters, {found['path']}")
     if "report" in figures:
         facts.add_row("report", f"{figures['run_dir']}/report.html")
@@ -167,6 +169,17 @@ def _evaluation(evaluation: dict[str, Any]) -> Any:
             _known(entry["ece"], ".4f"),
             *(_known(entry.get(column), ".1%") for column in accuracy),
         )
+    return table
+
+
+def _seeds(found: dict[str, Any]) -> Any:
+    """The table of several seeds; see `report.seeds.over_seeds`."""
+    table = _table(f"{len(found['seeds'])} seeds", *(f"loss {source}" for source in found["student"]["loss"]))
+    for kind in ("student", "baseline"):
+        if kind in found:
+            table.add_row(kind, *map(plus_minus, found[kind]["loss"].values()))
+    if "gap" in found:
+        table.add_row("baseline − student", *map(plus_minus, found["gap"].values()))
     return table
 
 

@@ -72,7 +72,7 @@ class Workspace:
         if self._ray is None:
             task.note("starting Ray")
             teacher = self.config.teacher
-            workers = [stage.train.workers for stage in self.config.chain("student")]
+            workers = [stage.train.workers for stage in self.config.chain()]
             num_ranks = max(teacher.ranks * teacher.replicas.max, *workers)
             self._ray = self._stack.enter_context(ray_session(self.config.cluster, num_ranks))
             self.run.event("ray_started", device=self._ray.device, logs=self._ray.logs, local=self._ray.local)

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from storage.settings import Settings
+from storage.settings import Settings, added
 from trainer.curriculum_config import CurriculumConfig
 from trainer.loss_config import LossConfig, Positive, both_ends
 
@@ -99,6 +99,9 @@ class TrainConfig(Settings):
     """Hold on to what earlier stages have learned; none: let it go."""
     seed: int = 0
     """Seed of the sample order."""
+    seeds: list[int] = added([])
+    """Train once for each of these, in place of `seed` and `student.seed`; the first one's models are `student` and
+    `baseline`, the others bear their seed. The report gives mean and standard deviation. Empty: train once."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
@@ -116,6 +119,8 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _batch_splits(self) -> Self:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"train.seeds {self.seeds} names a seed twice; each is trained once")
         least = self.workers if self.min_workers is None else self.min_workers
         if least > self.workers:
             raise ValueError(f"train.min_workers {least} is more than train.workers {self.workers}")

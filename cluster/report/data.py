@@ -11,6 +11,7 @@ from cluster.config import RunConfig
 from cluster.inspect import refused_reasons
 from cluster.plan import PLAN_KEY
 from cluster.report.outcome import compare, machine_cost, overhead
+from cluster.report.seeds import over_seeds
 from cluster.report.timeline import Timeline, failures, spending, timeline
 from cluster.rundir import EVENTS_KEY, METRICS_KEY, RESOLVED_KEY, RunDir
 from cluster.sample_view import SampleView, view_sample
@@ -87,6 +88,7 @@ def collect(run: RunDir, config: RunConfig, dataset: Dataset, tokenizer: Tokeniz
         "data": results["prepare"],
         "train": _train(results["student"], mixture),
         "eval": {name: results["evaluate"].get(name) for name in ("teacher", "student", "baseline")},
+        "seeds": over_seeds(config.models, results["evaluate"]),
         "cost": {key: cost[key] for key in ("currency", "spent", "reserved", "cap", "machines", "api")},
         "plan": compare(_plan(run), events, line.stage_seconds, cost),
         "overhead": overhead(events),

@@ -39,7 +39,8 @@ def compare(
     units = [e for e in events if e.get("event") == "unit_done" and e.get("samples") and str(e.get("time")) >= made]
     money = plan["money"]
     hours = {stage["stage"]: stage["hours"] for stage in money["stages"]}
-    trained = stage_seconds.get("student", 0.0) + stage_seconds.get("baseline", 0.0)
+    # Stages of a chain and further seeds are named after what they lead to.
+    trained = sum(seconds for name, seconds in stage_seconds.items() if name.startswith(("student", "baseline")))
     rows = [
         _row("samples scored", plan["missing_samples"], sum(e["samples"] for e in units), ""),
         _row("tokens scored", plan["missing_tokens"], sum(e["tokens"] for e in units), "tokens"),

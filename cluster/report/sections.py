@@ -9,6 +9,7 @@ from cluster.report.bars import bar_plot, row_plot
 from cluster.report.data import ReportData
 from cluster.report.outcome import shown
 from cluster.report.plots import line_plot
+from cluster.report.seeds import MEASURES, plus_minus
 from cluster.report.svg import Bar, Format, Plot, Series, percent, short, smooth
 
 Section = dict[str, Any]
@@ -75,10 +76,34 @@ def _results(data: ReportData) -> Section:
         _figure("Held-out loss", "Nats per token; smaller is better.", bar_plot(losses, _three, "Held-out loss")),
         _figure("Fidelity to the teacher", caption, _fidelity(evaluation)),
         _table("Figures", head, rows, wide=True),
+        _seeds(data.summary["seeds"]),
         _tasks(evaluation),
         _forgetting(evaluation.get("student", {}).get("forgetting")),
     ]
     return _section("results", "Results on held-out text", lead, figures if evaluation else [])
+
+
+def _seeds(found: dict[str, Any] | None) -> Figure | None:
+    if found is None:
+        return None
+    kinds = [kind for kind in ("student", "baseline") if kind in found]
+    sources = list(found["student"]["loss"])
+    head = ["", *(f"loss, {source}" for source in sources), "KL to teacher", "first choice agrees", "ECE"]
+    rows = [
+        [
+            kind,
+            *(plus_minus(found[kind]["loss"][source]) for source in sources),
+            *(plus_minus(found[kind][key]) if key in found[kind] else "–" for key in MEASURES[:3]),
+        ]
+        for kind in kinds
+    ]
+    number = len(found["seeds"])
+    if "gap" in found:
+        gaps = [f"{plus_minus(gap)}, {gap['won']} of {number} seeds" for gap in found["gap"].values()]
+        rows.append(["baseline − student", *gaps, "", "", ""])
+    names = ", ".join(str(row["seed"]) for row in found["seeds"])
+    caption = f"Mean ± standard deviation; each seed has its own fresh weights and order of samples: {names}."
+    return _table(f"{number} seeds", head, rows, caption, wide=True)
 
 
 def _tasks(evaluation: dict[str, Any]) -> Figure | None:
@@ -143,7 +168,7 @@ def _curve(
 def _lines(data: ReportData, key: str) -> list[Series]:
     lines = []
     for name, curve in data.curves.items():
-        colour = _COLOURS.get(name, "var(--one)")
+        colour = _COLOURS.get(name.partition("-seed")[0], "var(--one)")
         points = [(float(line["step"]), float(line[key])) for line in curve if line.get(key) is not None]
         window = 2 * round(len(points) * _SMOOTHING_SHARE / 2) + 1
         if window > 1:

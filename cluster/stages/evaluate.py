@@ -157,7 +157,7 @@ def score_models(what: Scoring, device: str, update: Callable[[float, float, str
 
 
 def _start(config: RunConfig) -> str | StudentConfig | None:
-    stages = config.chain("student")
+    stages = config.chain()
     if len(stages) > 1:
         return stages[-2].run
     # A classifier's head may be new: of what a model knew before it, there is nothing to compare.

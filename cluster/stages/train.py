@@ -13,11 +13,11 @@ from storage.shard_source import Reading
 from storage.union import open_existing
 from trainer.result import TrainResult, recorded_result, run_facts
 from trainer.spec import Training
-from trainer.stages import Stage, consumed
+from trainer.stages import Model, Stage, consumed
 
 
-def train(work: Workspace, name: str) -> dict[str, Any]:
-    """Train `student`, or `baseline`: the same student, order and steps with hard labels only.
+def train(work: Workspace, model: Model) -> dict[str, Any]:
+    """Train a student, or its baseline: the same student, order and steps with hard labels only.
 
     Stages follow each other, each skipped when it is done; one that the baseline has in common with the student is
     trained once. Starts Ray only for what is not trained yet. Returns the fields of `trainer.result.TrainResult`.
@@ -26,7 +26,7 @@ def train(work: Workspace, name: str) -> dict[str, Any]:
     without = frozenset(left_out)
     pools = {source: work.samples.ids(work.samples.rows("train", source)) for source in work.samples.source_names}
     counts = {source: sum(sample_id not in without for sample_id in ids) for source, ids in pools.items()}
-    chains = zip(work.config.chain(name), work.config.chain("student"), strict=True)
+    chains = zip(work.config.chain(model), work.config.chain(model.twin), strict=True)
     earlier: dict[str, float] = {}
     before: str | None = None
     after, after_twin = None, None
@@ -35,7 +35,7 @@ def train(work: Workspace, name: str) -> dict[str, Any]:
         training = replace(_training(work, stage, twin, left_out), earlier=earlier, after=after)
         facts = run_facts(training, work.samples.key)
         facts_twin = run_facts(replace(_training(work, twin, twin, left_out), after=after_twin), work.samples.key)
-        if facts == facts_twin and stage.run != name:
+        if facts == facts_twin and stage.run != model.name:
             training = replace(training, name=twin.run)
         result = _one(work, training, facts, before)
         before, after, after_twin = training.name, stage_key(facts), stage_key(facts_twin)

@@ -9,6 +9,7 @@ import pytest
 from cluster.report.data import collect, curves_of, mixture_of, stage_seconds
 from cluster.report.html import render
 from cluster.report.sections import _capture_rows
+from cluster.report.seeds import over_seeds
 from cluster.rundir import RunDir
 from cluster.sample_view import view_sample, visible
 from cluster.stages.report import write_report
@@ -79,6 +80,33 @@ def test_report_json_holds_the_promised_keys(world: World) -> None:
     totals = dataset.totals()
     assert (found["cache"]["samples"], found["cache"]["bytes"]) == (totals.samples, totals.bytes)
     assert (world.run_dir / "report.html").stat().st_size > 10_000
+
+
+def test_several_seeds_are_told_by_mean_and_standard_deviation(world: World) -> None:
+    world.values["train"] = {**world.values["train"], "seeds": [3, 4, 5]}
+    run = finished_run(world)
+    evaluation = dict(run.result("evaluate") or {})
+    for n, model in enumerate(world.config.models):
+        evaluation[model.name] = {**evaluation["teacher"], "loss": {"general": 2.0 + n, "domain": 3.0 - n}}
+    run.finish("evaluate", "k", evaluation)
+    dataset, tokenizer = Dataset.open(world.values["cache"]["url"]), Tokenizer.load(world.teacher)
+    data = collect(run, world.config, dataset, tokenizer)
+    found = data.summary["seeds"]
+    assert [(row["seed"], row["student"]["loss"]["general"]) for row in found["seeds"]] == [
+        (3, 2.0),
+        (4, 4.0),
+        (5, 6.0),
+    ]
+    assert found["student"]["loss"]["general"] == {"mean": 4.0, "stdev": 2.0}
+    assert found["baseline"]["loss"]["domain"] == {"mean": 0.0, "stdev": 2.0}
+    assert found["gap"] == {
+        "general": {"mean": 1.0, "stdev": 0.0, "won": 3},
+        "domain": {"mean": -1.0, "stdev": 0.0, "won": 0},
+    }
+    page = render(data, "x", "today")
+    assert "3 seeds" in page and "4.000 ± 2.000" in page and "−1.000 ± 0.000, 0 of 3 seeds" in page
+    del evaluation["student-seed4"]
+    assert over_seeds(world.config.models, evaluation) is None
 
 
 def test_the_page_is_well_formed_and_needs_no_network(page: str) -> None:

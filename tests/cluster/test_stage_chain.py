@@ -2,7 +2,6 @@
 
 import io
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +60,9 @@ def trained(world: World, *names: str, **changes: Any) -> RunConfig:
         work.identity = teacher_identity(
             world.teacher, config.teacher, config.cache, Tokenizer.load(world.teacher), uses_chat_template=True
         )
-        for name in names:
-            assert stage.train(work, name)["name"] == name
+        for model in config.models:
+            if model.name in names:
+                assert stage.train(work, model)["name"] == model.name
     return config
 
 
@@ -106,6 +106,31 @@ def test_done_stages_are_skipped_and_a_change_is_named_in_the_first_stage_that_i
         trained(world, "student", stages=other)
 
 
+def test_each_seed_trains_both_models_with_its_own_weights_and_order(world: World, trainer: Trainer) -> None:
+    first = trained(world, "student", "baseline", stages=[])
+    names = ["student", "baseline", "student-seed7", "baseline-seed7"]
+    config = trained(world, *names, stages=[], train={**world.values["train"], "seeds": [0, 7]})
+    assert [model.name for model in config.models] == names
+    # Those of the first seed are what a run without seeds has trained.
+    assert [training.name for training, _ in trainer.done] == names
+    assert [config.chain(model) for model in config.models[:2]] == [first.chain(model) for model in first.models]
+    seeds = [(training.train.seed, training.student.seed) for training, _ in trainer.done]
+    assert seeds == [(0, 0), (0, 0), (7, 7), (7, 7)]
+    assert trainer.done[3][0].train.loss.kl == 0
+
+
+def test_the_stages_of_a_further_seed_bear_it(world: World, trainer: Trainer) -> None:
+    names = ["student", "baseline", "student-seed7", "baseline-seed7"]
+    trained(world, *names, train={**world.values["train"], "seeds": [0, 7]})
+    assert [(training.name, before) for training, before in trainer.done[5:]] == [
+        ("student-seed7-pretrain", None),
+        ("student-seed7-distil", "student-seed7-pretrain"),
+        ("student-seed7", "student-seed7-distil"),
+        ("baseline-seed7-distil", "student-seed7-pretrain"),
+        ("baseline-seed7", "baseline-seed7-distil"),
+    ]
+
+
 def test_a_config_without_stages_is_one_stage(world: World, trainer: Trainer) -> None:
     trained(world, "student", "baseline", stages=[])
     assert [(training.name, before) for training, before in trainer.done] == [("student", None), ("baseline", None)]
@@ -120,6 +145,7 @@ def test_a_config_without_stages_is_one_stage(world: World, trainer: Trainer) ->
         ([{"name": "distil", "train": {"steps": 0}}], r"stages.0.train.steps = 0"),
         ([{"name": "../x"}], r"stages.0.name"),
         (3, r"stages = 3: must be a list"),
+        ([{"name": "distil", "train": {"seeds": [1]}}], r"train.seeds holds for all stages"),
     ],
 )
 def test_mistakes_in_stages_are_named(world: World, stages: Any, message: str) -> None:
@@ -135,7 +161,7 @@ def test_the_resolved_config_says_the_same_when_it_is_read_again(world: World, t
 
     again = load_config(str(tmp_path / "run" / "config.resolved.yaml"))
     assert again.stages == config.stages
-    assert [replace(a) for a in again.chain("baseline")] == config.chain("baseline")
+    assert [again.chain(model) for model in again.models] == [config.chain(model) for model in config.models]
 
 
 @pytest.mark.parametrize("name", ["stages.yaml", "quickstart.yaml"])
@@ -143,5 +169,5 @@ def test_examples_are_valid(name: str) -> None:
     from cluster.loader import load_config
 
     config = load_config(str(Path(__file__).resolve().parents[2] / "examples" / name))
-    runs = [stage.run for stage in config.chain("student")]
+    runs = [stage.run for stage in config.chain()]
     assert runs == (["student-pretrain", "student-distil", "student"] if config.stages else ["student"])
