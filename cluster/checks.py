@@ -13,9 +13,11 @@ from storage.inputs import resolve_inputs
 from storage.object_store import Store
 from storage.projection import with_projection
 from storage.sample_set import SampleSet
+from storage.token_bytes import token_bytes
 from storage.tokenizer import Tokenizer
 from trainer.curriculum import planned_shares
 from trainer.sampler import planned_counts
+from trainer.served import require_same_tokens
 from trainer.stages import consumed
 from trainer.task_file import read_task
 from workers.embedded import max_positions
@@ -44,25 +46,42 @@ def check_student(config: RunConfig, tokenizer: Tokenizer) -> None:
                     f"student.path {student.path} is no folder; name a model folder or a hub model `owner/name`"
                 )
             return
-        own = Tokenizer.load(folder)
-        if own.digest != tokenizer.digest:
-            raise InputError(
-                f"the tokenizer of student.path {student.path} ({own.vocab_size} ids, {own.digest[:12]}…) is not "
-                f"the teacher's ({tokenizer.vocab_size} ids, {tokenizer.digest[:12]}…); soft targets need a "
-                "student with the teacher's tokenizer"
-            )
+        own = _own_tokenizer(config, tokenizer)
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        _check_vocabulary(model_facts(folder).vocab_size, tokenizer, f"student.path {student.path}")
+        _check_vocabulary(model_facts(folder).vocab_size, own, f"student.path {student.path}")
     else:
+        own = _own_tokenizer(config, tokenizer)
         fields = student.config or {}
         if isinstance(fields.get("vocab_size"), int):
-            _check_vocabulary(fields["vocab_size"], tokenizer, "student.config")
+            _check_vocabulary(fields["vocab_size"], own, "student.config")
+    if own.digest != tokenizer.digest:
+        return
     positions = next((fields[key] for key in _POSITION_KEYS if isinstance(fields.get(key), int)), None)
     if positions is not None and config.data.window_tokens > positions:
         raise InputError(
             f"data.window_tokens {config.data.window_tokens} is longer than the {positions} positions of the student; "
             f"lower it to {positions} or less, or give the student more positions"
         )
+
+
+def _own_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> Tokenizer:
+    """Return the student's tokenizer; InputError where it is not the teacher's and a loss needs it to be.
+
+    One that is named by hub name is checked by the trainer when it is there.
+    """
+    name = config.student.tokenizer or config.student.path
+    if name is None or not Path(name).expanduser().is_dir():
+        return tokenizer
+    own = Tokenizer.load(Path(name).expanduser())
+    sides = (TokenizerIdentity(digest=one.digest, vocab_size=one.vocab_size) for one in (own, tokenizer))
+    mine, theirs = sides
+    if mine == theirs:
+        return tokenizer
+    for stage in config.chain("student"):
+        require_same_tokens(stage.train.loss, f"student {name}", mine, theirs)
+    for one in (own, tokenizer):
+        token_bytes(one)
+    return own
 
 
 def check_teacher_fits(config: RunConfig, folder: Path, tokenizer: Tokenizer) -> ModelFacts:
@@ -164,6 +183,6 @@ def uses_chat_template(data: DataConfig) -> bool:
 def _check_vocabulary(vocab_size: int, tokenizer: Tokenizer, what: str) -> None:
     if vocab_size < tokenizer.vocab_size:
         raise InputError(
-            f"{what} has a vocabulary of {vocab_size}, the teacher's tokenizer ids up to {tokenizer.vocab_size - 1}; "
+            f"{what} has a vocabulary of {vocab_size}, its tokenizer ids up to {tokenizer.vocab_size - 1}; "
             f"the student needs at least {tokenizer.vocab_size} (leave student.config.vocab_size out to have it set)"
         )

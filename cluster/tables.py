@@ -157,7 +157,8 @@ def _evaluation(evaluation: dict[str, Any]) -> Any:
     models = {name: evaluation[name] for name in ("teacher", "student", "baseline") if evaluation.get(name)}
     sources = list(next(iter(models.values()))["loss"])
     accuracy = ["accuracy"] if any(entry.get("accuracy") is not None for entry in models.values()) else []
-    columns = (*(f"loss {source}" for source in sources), "KL to teacher", "top-1 agrees", "ECE", *accuracy)
+    per = " per byte" if next(iter(models.values())).get("unit") == "byte" else ""
+    columns = (*(f"loss {source}{per}" for source in sources), "KL to teacher", "top-1 agrees", "ECE", *accuracy)
     table = _table("held-out", *columns)
     for name, entry in models.items():
         losses = (f"{entry['loss'][source]:.4f}" for source in sources)

@@ -4,7 +4,6 @@ Byte-level BPE spells each byte by one of 256 printable characters (Radford et a
 as ▁ and a byte that is no token as <0xAB>. Those that do not give text back, such as WordPiece, have no such bytes.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ def token_bytes(tokenizer: Tokenizer) -> TokenBytes:
     Raises:
         InputError: the tokenizer does not give text back byte for byte.
     """
-    parsed = json.loads((tokenizer.folder / "tokenizer.json").read_text(encoding="utf-8"))
+    parsed = tokenizer.content()
     decoders = {node.get("type"): node for node in _nodes(parsed.get("decoder"))}
     entries = dict(_entries(parsed["model"]))
     if "ByteLevel" in decoders:

@@ -68,6 +68,10 @@ class Tokenizer:
             tokenizer._chat.compile()  # what the user wrote is checked at once
         return tokenizer
 
+    def content(self) -> dict[str, Any]:
+        """Return what `tokenizer.json` says: model, decoder, added tokens."""
+        return dict(json.loads(self._engine.to_str()))
+
     def encode_with_offsets(self, text: str) -> tuple[Int32Array, Int32Array]:
         """Return the token ids of `text` and the character at which each begins, both int32[n]."""
         ids, spans = self.encode_with_spans(text)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,22 +80,36 @@ class Aligned:
 
 
 class Aligner:
-    """Aligns samples of a teacher's tokenizer with a student's. Thread-safe."""
+    """Aligns samples of a teacher's tokenizer with a student's. Thread-safe; pickles without what it has kept."""
 
-    def __init__(self, teacher: str | Path, student: str | Path, max_tokens: int = sys.maxsize) -> None:
-        """Read both tokenizers; InputError where one does not spell text.
+    def __init__(self, teacher: Tokenizer, student: Tokenizer, max_tokens: int = sys.maxsize) -> None:
+        """Take both tokenizers; InputError where one does not spell text.
 
         Args:
-            teacher: folder of the teacher's tokenizer.
-            student: folder of the student's.
+            teacher: the teacher's tokenizer.
+            student: the student's.
             max_tokens: most tokens of a document for the student; what is beyond them is left out.
         """
-        self._teacher, self._student = Tokenizer.load(teacher), Tokenizer.load(student)
+        self._teacher, self._student = teacher, student
         self._theirs, self._own = token_bytes(self._teacher), token_bytes(self._student)
         self._max_tokens = max_tokens
+        self._spaced = self._theirs.spell(self._teacher.encode_batch(["a"])[0]).startswith(b" ")
         self._lock = Lock()
         self._kept: OrderedDict[bytes, Aligned] = OrderedDict()
         self._kept_bytes = 0
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids of the student's tokenizer."""
+        return self._student.vocab_size
+
+    @property
+    def folder(self) -> Path:
+        """Where the student's tokenizer was loaded from."""
+        return self._student.folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._teacher, self._student, self._max_tokens)
 
     def align(self, sample: Sample) -> Aligned:
         """Return a sample aligned; of one that was asked for lately what was found then."""
@@ -144,20 +159,23 @@ class Aligner:
         begins = np.flatnonzero(fresh | marked | np.concatenate(([False], marked[:-1])))
         runs = list(zip(begins.tolist(), [*begins[1:].tolist(), len(sample.tokens)], strict=True))
         raw = [b"" if marked[a] else self._theirs.spell(sample.tokens[a:b]) for a, b in runs]
-        texts = [_whole_characters(one) for one in raw]
+        # The space that the teacher's tokenizer may put before a text is none of it; the first token has its byte.
+        spaces = [self._spaced and one.startswith(b" ") for one in raw]
+        texts = [_whole_characters(one[space:]) for one, space in zip(raw, spaces, strict=True)]
         encoded = self._student.encode_batch([text for _, text in texts])
         tokens: list[NDArray[np.int32]] = []
         spans: list[Int64Array] = []
         numbers: list[Int16Array] = []
         room: dict[int, int] = {}
-        for (a, _), (skipped, text), ids in zip(runs, texts, encoded, strict=True):
+        for (a, _), space, (skipped, text), ids in zip(runs, spaces, texts, encoded, strict=True):
             number, begin = int(sample.document[a]), int(theirs[a, 0])
             if marked[a]:
                 mark = marks[int(sample.tokens[a])]
                 ids = np.array([] if mark is None else [mark], dtype=np.int32)
                 placed = np.array([[begin, begin + 1]] * len(ids), dtype=np.int64).reshape(-1, 2)
             else:
-                placed = self._placed(ids, text.encode(), begin + skipped)
+                placed = self._placed(ids, text.encode(), begin + space + skipped)
+                placed[:1, 0] -= space
                 ids = ids[: len(placed)]
             most = room.get(number, self._max_tokens)
             ids, placed = ids[:most], placed[:most]

@@ -56,7 +56,7 @@ def build_module(
         head = load_head(dataset.datasets[0].store, spec.identity.fingerprint).to(place.torch_device)
     ewc, held = spec.train.ewc, None
     if ewc is not None:
-        held = anchor(model, ewc, samples, dataset, spec.earlier, spec.train.seed, place)
+        held = anchor(model, ewc, samples, dataset, spec.earlier, spec.train.seed, place, spec.aligner)
     return DistilModel(model, loss, anatomy.head_path, transfer, weight, head, held).train()
 
 

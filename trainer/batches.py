@@ -14,9 +14,11 @@ from storage.draws import estimate
 from storage.errors import IntegrityError
 from storage.hidden import states_tensor
 from storage.parts import Part
-from storage.samples import NO_LABEL, BoolArray, Int64Array, SampleBatch, offsets_of
+from storage.samples import NO_LABEL, BoolArray, Int32Array, Int64Array, SampleBatch, offsets_of
 from storage.targets import TargetBatch
+from trainer.alignment import Aligner
 from trainer.losses import SparseTargets, first_choice
+from trainer.losses.across import AcrossTargets
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +36,7 @@ class Batch:
     hidden_rows: Tensor | None  # int64 [K], the positions whose states were kept; none where all were
     maps: Mapping[str, Tensor] = field(default_factory=dict)  # dataset layer → float16 [A], rows of teacher attention
     map_count: Tensor | None = None  # int64 [P], entries of each position's row
+    across: AcrossTargets | None = None  # what the teacher said in tokens of its own; `targets` then holds labels alone
     classifier: ClassifierInputs | None = None  # what a classifier is called with; its `predictor` picks rows of output
 
     @property
@@ -55,15 +58,84 @@ class Batch:
             None if self.hidden_rows is None else self.hidden_rows.to(device, non_blocking=True),
             {layer: rows.to(device, non_blocking=True) for layer, rows in self.maps.items()},
             None if self.map_count is None else self.map_count.to(device, non_blocking=True),
+            None if self.across is None else self.across.to(device),
             None if self.classifier is None else self.classifier.to(device),
         )
 
 
-def batch_of(parts: Sequence[Part], layers: tuple[str, ...] = (), maps: tuple[str, ...] = ()) -> Batch:
-    """Return the batch of all samples of the parts, of one task, those of one dataset after those of another."""
+def batch_of(
+    parts: Sequence[Part], layers: tuple[str, ...] = (), maps: tuple[str, ...] = (), aligner: Aligner | None = None
+) -> Batch:
+    """Return the batch of all samples of the parts, of one task, those of one dataset after those of another.
+
+    With an `aligner` it is in the student's tokens.
+    """
+    if aligner is not None:
+        return across_batch(parts, aligner, layers)
     if parts[0].capture.task != "next_token":
         return class_batch(parts)
     return join_batches([make_batch(p.samples, p.targets, p.capture.kind, layers, maps) for p in parts])
+
+
+def across_batch(parts: Sequence[Part], aligner: Aligner, layers: tuple[str, ...] = ()) -> Batch:
+    """Return a batch in the student's tokens, with the teacher's targets laid over them."""
+    aligned = [aligner.align(part.samples.sample(n)) for part in parts for n in range(len(part.samples))]
+    samples = SampleBatch.of([one.sample for one in aligned])
+    layout = lay_out(samples)
+    theirs = [
+        sparse_targets(p.targets, p.samples.tokens[p.samples.supervised].astype(np.int64), p.capture.kind)
+        for p in parts
+    ]
+    chunks = offsets_of([one.num_chunks for one in aligned])
+    before = np.stack(
+        [offsets_of([len(one.teacher_chunk) for one in aligned]), offsets_of(samples.num_supervised())], 1
+    )
+    pairs = [one.pairs + before[n] for n, one in enumerate(aligned)]
+    across = AcrossTargets(
+        teacher=join_targets(theirs),
+        teacher_chunk=_numbered([one.teacher_chunk for one in aligned], chunks),
+        student_chunk=_numbered([one.student_chunk for one in aligned], chunks),
+        num_chunks=int(chunks[-1]),
+        pairs=torch.from_numpy(np.concatenate(pairs)),
+    )
+    return Batch(
+        ids=[sample_id for part in parts for sample_id in part.samples.ids()],
+        sources=samples.source,
+        input_ids=layout.input_ids,
+        position_ids=layout.position_ids,
+        attention=layout.attention,
+        predictor=layout.predictor,
+        targets=labels_alone(_learnt(samples)),
+        hidden={layer: torch.cat([states_tensor(part.targets.hidden[layer]) for part in parts]) for layer in layers},
+        hidden_rows=None,
+        across=across,
+    )
+
+
+def labels_alone(label: Int64Array) -> SparseTargets:
+    """Return targets that hold nothing of a teacher."""
+    count = len(label)
+    return SparseTargets(
+        kind="text",
+        label=torch.from_numpy(label),
+        entry_offsets=torch.zeros(count + 1, dtype=torch.int64),
+        id=torch.zeros(0, dtype=torch.int64),
+        estimate=torch.zeros(0),
+        logprob=torch.zeros(0),
+        tail_mass=torch.ones(count),
+        entropy=torch.zeros(count),
+    )
+
+
+def _learnt(samples: SampleBatch) -> Int64Array:
+    """Return the supervised tokens, int64 [P]."""
+    return samples.tokens[samples.supervised].astype(np.int64)
+
+
+def _numbered(chunks: Sequence[Int32Array], offsets: Int64Array) -> Tensor:
+    """Number the chunks of all samples through."""
+    each = [np.where(chunk >= 0, chunk + offset, -1) for chunk, offset in zip(chunks, offsets.tolist(), strict=False)]
+    return torch.from_numpy(np.concatenate(each).astype(np.int64))
 
 
 def class_batch(parts: Sequence[Part]) -> Batch:
@@ -124,6 +196,35 @@ def make_batch(
         raise IntegrityError(
             "the targets of a batch do not match its supervised positions; verify the dataset with `lectern verify`"
         )
+    layout = lay_out(samples)
+    count = targets.attention_count if maps else None
+    return Batch(
+        ids=samples.ids(),
+        sources=samples.source,
+        input_ids=layout.input_ids,
+        position_ids=layout.position_ids,
+        attention=layout.attention,
+        predictor=layout.predictor,
+        targets=sparse_targets(targets, _learnt(samples), kind),
+        hidden={layer: states_tensor(targets.hidden[layer]) for layer in layers},
+        hidden_rows=None if targets.hidden_kept is None else torch.from_numpy(np.flatnonzero(targets.hidden_kept)),
+        maps={layer: torch.from_numpy(targets.attention[layer]) for layer in maps},
+        map_count=None if count is None else torch.from_numpy(count.astype(np.int64)),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Samples as a padded rectangle; see the fields of `Batch`."""
+
+    input_ids: Tensor
+    position_ids: Tensor | None
+    attention: Tensor | None
+    predictor: Tensor
+
+
+def lay_out(samples: SampleBatch) -> Layout:
+    """Pad samples to the longest."""
     lengths = samples.lengths()
     width = int(lengths.max())
     rows = np.repeat(np.arange(len(samples)), lengths)
@@ -133,20 +234,7 @@ def make_batch(
     supervised = np.flatnonzero(samples.supervised)
     packed = bool((samples.document != np.repeat(samples.document[samples.offsets[:-1]], lengths)).any())
     position_ids, attention = _packed_attention(samples, flat, width) if packed else (None, None)
-    count = targets.attention_count if maps else None
-    return Batch(
-        ids=samples.ids(),
-        sources=samples.source,
-        input_ids=torch.from_numpy(input_ids),
-        position_ids=position_ids,
-        attention=attention,
-        predictor=torch.from_numpy(flat[supervised] - 1),
-        targets=sparse_targets(targets, samples.tokens[supervised].astype(np.int64), kind),
-        hidden={layer: states_tensor(targets.hidden[layer]) for layer in layers},
-        hidden_rows=None if targets.hidden_kept is None else torch.from_numpy(np.flatnonzero(targets.hidden_kept)),
-        maps={layer: torch.from_numpy(targets.attention[layer]) for layer in maps},
-        map_count=None if count is None else torch.from_numpy(count.astype(np.int64)),
-    )
+    return Layout(torch.from_numpy(input_ids), position_ids, attention, torch.from_numpy(flat[supervised] - 1))
 
 
 def sparse_targets(targets: TargetBatch, label: Int64Array, kind: str) -> SparseTargets:

@@ -32,6 +32,9 @@ class StudentConfig(Settings):
     """`AutoModelForCausalLM` folder or hub name to start from."""
     config: dict[str, Any] | None = None
     """transformers config of a fresh student, e.g. `{model_type: qwen2, hidden_size: 128, …}`."""
+    tokenizer: str | None = added(None)
+    """Folder or hub name of a tokenizer of the student's own, e.g. for a fresh student with a smaller vocabulary; none:
+    that of `path`, or the teacher's. Another one than the teacher's needs a loss across tokenizers."""
     seed: int = 0
     """Seed of a fresh student's weights."""
     frozen: list[str] = Field(default_factory=list)

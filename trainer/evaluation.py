@@ -16,6 +16,7 @@ from storage.errors import InputError
 from storage.identity import Task
 from storage.parts import Part, TargetReader
 from storage.samples import NO_LABEL
+from trainer.alignment import Aligned, Aligner
 from trainer.batches import batch_of, is_labelled, make_batch
 from trainer.losses import EntryView, ForwardKL, SparseTargets, first_choice
 from trainer.losses.rows import MIN_TAIL
@@ -40,6 +41,7 @@ def evaluate_model(
     ids_by_source: Mapping[str, Sequence[bytes]],
     device: str = "cpu",
     on_progress: Any = None,
+    aligner: Aligner | None = None,
 ) -> Scores:
     """Score a model on held-out samples of the dataset.
 
@@ -49,6 +51,8 @@ def evaluate_model(
         ids_by_source: held-out sample ids of each source.
         device: torch device.
         on_progress: called with `{"event": "evaluate", "done": samples, "total": samples}`.
+        aligner: of a model with another tokenizer than the dataset's; its `loss` is then in nats per byte of text,
+            `unit` says `byte`, and token by token there is nothing to compare with the teacher.
 
     Returns:
         `loss` {source: nats per supervised token}, `kl_to_teacher` (nats per token, from the stored targets),
@@ -59,48 +63,51 @@ def evaluate_model(
     """
     task = dataset.identity.capture.task
     model = load_model(model_folder, device, task)
-    totals = _Totals(classifies=task != "next_token")
+    totals = _Totals(classifies=task != "next_token", bytes={} if aligner else None)
     total = sum(len(ids) for ids in ids_by_source.values())
     done = 0
     for source, part in held_out_batches(dataset, ids_by_source, LOGIT_BYTES // (4 * num_outputs(model, task))):
-        batch = batch_of([part]).to(device)
+        batch = batch_of([part], aligner=aligner).to(device)
         with torch.inference_mode(), evaluation_threads():
-            totals.add(source, batch.targets, predictor_logits(model, batch), is_labelled(part))
+            given = np.ones(batch.num_supervised, dtype=np.bool_) if aligner else is_labelled(part)
+            totals.add(source, batch.targets, predictor_logits(model, batch), given)
+        totals.add_bytes(source, aligned_samples(part, aligner), own=True)
         done += len(part.samples)
         if on_progress is not None:
             on_progress({"event": "evaluate", "done": done, "total": total})
     return totals.scores()
 
 
-def evaluate_teacher(dataset: TargetReader, ids_by_source: Mapping[str, Sequence[bytes]]) -> Scores:
+def aligned_samples(part: Part, aligner: Aligner | None) -> list[Aligned]:
+    """Return the samples of a part aligned; none without an aligner."""
+    return [] if aligner is None else [aligner.align(part.samples.sample(n)) for n in range(len(part.samples))]
+
+
+def evaluate_teacher(
+    dataset: TargetReader, ids_by_source: Mapping[str, Sequence[bytes]], aligner: Aligner | None = None
+) -> Scores:
     """Return the teacher's own scores on the samples, from what the dataset holds; needs no model.
 
-    Same keys as `evaluate_model`: `kl_to_teacher` is 0 and `top1_agreement` 1 by definition, `ece` none where the
-    targets tell no probabilities.
+    With an `aligner` its loss is in nats per byte, as that of a student with other tokens. Same keys as
+    `evaluate_model`: `kl_to_teacher` is 0 and `top1_agreement` 1 by definition, `ece` none where the targets tell no
+    probabilities.
     """
     if dataset.identity.capture.task != "next_token":
         return _classifier_scores(dataset, ids_by_source)
-    loss: dict[str, float] = {}
-    tokens: dict[str, int] = {}
+    totals = _Totals(bytes={} if aligner else None)
     told = True
     bins = _Bins()
     for source, part in held_out_batches(dataset, ids_by_source):
         targets = part.targets
         positions = part.samples.num_supervised()
-        tokens[source] = tokens.get(source, 0) + int(positions.sum())
+        totals.add_loss(source, float((targets.teacher_nll.astype(np.float64) * positions).sum()), int(positions.sum()))
+        totals.add_bytes(source, aligned_samples(part, aligner), own=False)
         told = told and len(targets.id) > 0
-        loss[source] = loss.get(source, 0.0) + float((targets.teacher_nll.astype(np.float64) * positions).sum())
         if told:
             sparse = make_batch(part.samples, targets, part.capture.kind).targets
             best, probability = first_choice(sparse)
             bins.add(probability.numpy(), (best == sparse.label).numpy())
-    return {
-        "loss": {source: loss[source] / max(tokens[source], 1) for source in loss},
-        "kl_to_teacher": 0.0,
-        "top1_agreement": 1.0,
-        "ece": bins.error() if told else None,
-        "tokens": tokens,
-    }
+    return {**totals.scores(), "kl_to_teacher": 0.0, "top1_agreement": 1.0, "ece": bins.error() if told else None}
 
 
 def _classifier_scores(dataset: TargetReader, ids_by_source: Mapping[str, Sequence[bytes]]) -> Scores:
@@ -189,6 +196,8 @@ class _Totals:
     bins: _Bins = field(default_factory=_Bins)
     classifies: bool = False
     """Whether the targets are classes: some positions may have no label, others one that the teacher gave."""
+    bytes: dict[str, int] | None = None
+    """Bytes of the text that losses are told of, where they are told per byte."""
     positions: int = 0
     accuracy: _Accuracy = field(default_factory=_Accuracy)
 
@@ -203,8 +212,7 @@ class _Totals:
         row = targets.rows()
         divergence = ForwardKL().evaluate(EntryView(targets, row, logprob[row, targets.id])).value
         confidence, guess = logprob.max(-1)
-        self.loss[source] = self.loss.get(source, 0.0) - float(own.double().sum())
-        self.tokens[source] = self.tokens.get(source, 0) + len(own)
+        self.add_loss(source, -float(own.double().sum()), len(own))
         self.positions += len(logprob)
         self.told = self.told and targets.kind != "text"
         if self.told:
@@ -214,16 +222,29 @@ class _Totals:
         self.accuracy.add(hit, known & given)
         self.bins.add(confidence.exp().cpu().numpy()[known], hit[known])
 
+    def add_loss(self, source: str, nats: float, tokens: int) -> None:
+        """Add the loss of tokens of one source."""
+        self.loss[source] = self.loss.get(source, 0.0) + nats
+        self.tokens[source] = self.tokens.get(source, 0) + tokens
+
+    def add_bytes(self, source: str, samples: Sequence[Aligned], own: bool) -> None:
+        """Add the text of samples: what their `own` tokens, those of the student, cover, or the teacher's."""
+        if self.bytes is not None:
+            new = sum(one.num_own_bytes if own else one.num_bytes for one in samples)
+            self.bytes[source] = self.bytes.get(source, 0) + new
+
     def scores(self) -> Scores:
         """Return the averages."""
         positions = max(self.positions, 1)
+        counts = self.tokens if self.bytes is None else self.bytes
         return {
-            "loss": {source: self.loss[source] / max(self.tokens[source], 1) for source in self.loss},
+            "loss": {source: self.loss[source] / max(counts[source], 1) for source in self.loss},
             "kl_to_teacher": self.kl / positions if self.told else None,
             "top1_agreement": self.agreements / positions if self.told else None,
             "ece": self.bins.error(),
             "tokens": self.tokens,
             **({"accuracy": self.accuracy.share()} if self.classifies else {}),
+            **({} if self.bytes is None else {"unit": "byte", "bytes": self.bytes}),
         }
 
 

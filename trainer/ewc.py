@@ -17,6 +17,7 @@ from storage.errors import InputError
 from storage.permutation import permutation
 from storage.sample_set import SampleSet
 from storage.union import DatasetUnion
+from trainer.alignment import Aligner
 from trainer.batches import Batch
 from trainer.checkpoint import random_seed
 from trainer.collective import together
@@ -77,17 +78,19 @@ def anchor(
     earlier: Mapping[str, float],
     seed: int,
     place: Place,
+    aligner: Aligner | None = None,
 ) -> Anchor:
     """Measure the Fisher information at the model's weights on the sources to keep. Collective; windows are shared out.
 
     Args:
         earlier: how many samples of each source the stages before have used.
         seed: of the choice of windows and of the draws.
+        aligner: of a student with another tokenizer.
     """
     with together():
         ids = chosen_windows(ewc, samples, dataset, earlier, seed)
         mine = range(len(ids))[rank_slice(len(ids), place.rank, place.world_size)]
-        windows = [microbatch(dataset.parts([ids[n]]), range(1)).to(place.torch_device) for n in mine]
+        windows = [microbatch(dataset.parts([ids[n]]), range(1), aligner=aligner).to(place.torch_device) for n in mine]
     was_training = model.training
     model.to(place.torch_device).eval()
     squares, tokens = fisher_information(model, windows, [random_seed(seed, n) for n in mine])

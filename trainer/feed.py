@@ -15,6 +15,7 @@ from storage.draws import draw_set
 from storage.hidden import state_width, states_tensor
 from storage.parts import Part, TargetReader
 from storage.samples import Int64Array, UInt8Array
+from trainer.alignment import Aligner
 from trainer.batches import Batch, batch_of, take_microbatches
 from trainer.config import TrainConfig
 from trainer.loss_config import LossConfig
@@ -73,7 +74,12 @@ class Feed:
 
 
 def step_loader(
-    dataset: TargetReader, order: PlannedOrder, train: TrainConfig, rank: int, world_size: int
+    dataset: TargetReader,
+    order: PlannedOrder,
+    train: TrainConfig,
+    rank: int,
+    world_size: int,
+    aligner: Aligner | None = None,
 ) -> Callable[[int], StepData]:
     """Return the function that reads and lays out a rank's part of a step."""
     part = rank_slice(train.global_batch_size, rank, world_size)
@@ -83,8 +89,9 @@ def step_loader(
         # Another set of draws in each pass, as far as they go; the seed decides which one is first.
         passes = order.step_epochs(step)[part] + train.seed
         parts = [_one_set(piece, passes) for piece in dataset.parts(ids)]
-        batches = [microbatch(parts, rows, train.loss) for rows in take_microbatches(len(ids), train.micro_batch_size)]
-        supervised = sum(int(piece.samples.supervised.sum()) for piece in parts)
+        pieces = take_microbatches(len(ids), train.micro_batch_size)
+        batches = [microbatch(parts, rows, train.loss, aligner) for rows in pieces]
+        supervised = sum(batch.num_supervised for batch in batches)
         return StepData(batches, _read_ids(parts), supervised, sum(piece.samples.num_tokens for piece in parts))
 
     return load
@@ -96,15 +103,17 @@ def _one_set(part: Part, passes: Int64Array) -> Part:
     return replace(part, targets=targets)
 
 
-def microbatch(parts: Sequence[Part], rows: range, loss: LossConfig | None = None) -> Batch:
+def microbatch(
+    parts: Sequence[Part], rows: range, loss: LossConfig | None = None, aligner: Aligner | None = None
+) -> Batch:
     """Return the batch of the asked samples `rows`, those of one dataset after those of another.
 
-    With the states and attention that the loss asks for.
+    With the states and attention that the loss asks for, and in the student's tokens where there is an `aligner`.
     """
     layers, maps = ((), ()) if loss is None else (loss.layers, loss.attention_layers)
     bounds = [np.searchsorted(part.asked, [rows.start, rows.stop]).tolist() for part in parts]
     own = [part.between(*ends) for part, ends in zip(parts, bounds, strict=True) if ends[0] < ends[1]]
-    return batch_of(own, layers, maps)
+    return batch_of(own, layers, maps, aligner)
 
 
 def _read_ids(parts: Sequence[Part]) -> UInt8Array:

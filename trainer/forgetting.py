@@ -8,6 +8,7 @@ import torch
 
 from storage.parts import TargetReader
 from storage.samples import NO_LABEL
+from trainer.alignment import Aligner
 from trainer.batches import batch_of
 from trainer.evaluation import LOGIT_BYTES, evaluation_threads, held_out_batches, load_model, num_outputs
 from trainer.model import predictor_logits
@@ -20,6 +21,7 @@ def forgetting(
     ids_by_source: Mapping[str, Sequence[bytes]],
     device: str = "cpu",
     on_progress: Callable[[dict[str, Any]], None] | None = None,
+    aligner: Aligner | None = None,
 ) -> dict[str, Any]:
     """Compare a student with the model that it started from, on held-out samples.
 
@@ -30,6 +32,7 @@ def forgetting(
         ids_by_source: held-out sample ids of each source.
         device: torch device.
         on_progress: called with `{"event": "evaluate", "done": samples, "total": samples}`.
+        aligner: of students with another tokenizer than the dataset's.
 
     Returns:
         For each source `before` and `after` (nats per supervised token of start and student) and `kl`, the divergence
@@ -41,7 +44,7 @@ def forgetting(
     total, done = sum(len(ids) for ids in ids_by_source.values()), 0
     most = LOGIT_BYTES // (8 * num_outputs(model, task))
     for source, part in held_out_batches(dataset, ids_by_source, most):
-        batch = batch_of([part]).to(device)
+        batch = batch_of([part], aligner=aligner).to(device)
         with torch.inference_mode(), evaluation_threads():
             before, after = (predictor_logits(one, batch).float().log_softmax(-1) for one in (start, model))
             label = batch.targets.label

@@ -91,7 +91,9 @@ class _Rank:
             log = self._stack.enter_context(
                 RunLog(self.train.trackers, spec.run_dir, spec.name, resumed_from, spec.facts)
             )
-        load = step_loader(self.dataset, self.order, self.train, self.place.rank, self.place.world_size)
+        load = step_loader(
+            self.dataset, self.order, self.train, self.place.rank, self.place.world_size, self.spec.aligner
+        )
         apply(self.order, self.spec.mixing or self.position.mixing)
         losses: dict[str, float] = {}
         for first, last in segments(resumed_from, self.train.steps, self.mixer.every if self.mixer else None):

@@ -63,13 +63,20 @@ WEIGHTS = ("ce", "kl", "hidden", "attention", "relation")
 """Terms of the loss, by the names of their weights."""
 
 
+ACROSS = ("alm", "uld")
+"""Divergences that compare students of another tokenizer."""
+
+
 class LossConfig(Settings):
     """Terms that are summed into the training loss, and their weights."""
 
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "reverse_skew_kl", "adaptive_kl", "tvd"] = (
-        "forward_kl"
-    )
-    """How the student is compared with the teacher; see docs/losses.md for which kinds of targets each one takes."""
+    divergence: Literal[
+        "forward_kl", "reverse_kl", "jsd", "skew_kl", "reverse_skew_kl", "adaptive_kl", "tvd", "alm", "uld"
+    ] = "forward_kl"
+    """How the student is compared with the teacher; see docs/losses.md for which kinds of targets each one takes. `alm`
+    and `uld` compare a student that has another tokenizer."""
+    alm_tau: float = Field(default=100.0, ge=1.0, exclude_if=lambda value: value == 100.0)
+    """τ of `alm`: likelihoods of chunks are compared as p^(1/τ)."""
     kl: Weight = 0.9
     """Weight of the divergence from the teacher."""
     ce: Weight = 0.1
@@ -121,6 +128,8 @@ class LossConfig(Settings):
             raise ValueError("train.loss.relation is positive but train.loss.relation_map names no layers")
         if self.attends and not self.attention_map:
             raise ValueError("train.loss.attention is positive but train.loss.attention_map names no layers")
+        if self.crosses:
+            self._check_across()
         if min(both_ends(self.temperature)) <= 0:
             raise ValueError("train.loss.temperature must stay above 0; give its schedule a positive start and end")
         if self.adaptive == "gradient" and self.attends:
@@ -131,6 +140,21 @@ class LossConfig(Settings):
         if self.adaptive == "uncertainty" and any(isinstance(getattr(self, term), ScheduleConfig) for term in WEIGHTS):
             raise ValueError("train.loss.adaptive uncertainty learns the weights; give them as plain numbers beside it")
         return self
+
+    def _check_across(self) -> None:
+        others = {"hidden": self.transfers, "attention": self.attends, "relation": self.relates}
+        for name in (name for name, is_asked in others.items() if is_asked):
+            raise ValueError(
+                f"train.loss.{name} compares position by position, but {self.divergence} is for students whose tokens "
+                "are others than the teacher's; leave it out"
+            )
+        if self.softened:
+            raise ValueError(f"train.loss.temperature has no meaning for {self.divergence}; leave it at 1")
+
+    @property
+    def crosses(self) -> bool:
+        """Whether the divergence is one across tokenizers."""
+        return self.distils and self.divergence in ACROSS
 
     @property
     def distils(self) -> bool:

@@ -13,6 +13,7 @@ from trainer.batches import Batch, position_groups
 from trainer.engine import whole_weights
 from trainer.loss_config import LossConfig
 from trainer.losses import FullTeacher, HeadTerms, chosen_divergence, class_loss, head_loss, logits_loss
+from trainer.losses.across import AcrossTerms, across_loss
 from trainer.losses.attention import attention_distance
 from trainer.losses.balance import Balance, GradientBalance, squared_gradient
 from trainer.losses.hidden import HiddenTransfer
@@ -60,7 +61,7 @@ class DistilModel(nn.Module):
         self._anchor = anchor
         beside = {"attention": loss.attends, "relation": loss.relates}
         self._weighted = (*TERMS, *(name for name, is_asked in beside.items() if is_asked))
-        self._divergence = chosen_divergence(loss) if loss.distils else None
+        self._divergence = chosen_divergence(loss) if loss.distils and not loss.crosses else None
         self.balance = Balance([float(w) for w in self._fixed(0, 1)]) if loss.adaptive == "uncertainty" else None
         self.gradients: GradientBalance | None = None
         if loss.adaptive == "gradient":
@@ -100,7 +101,7 @@ class DistilModel(nn.Module):
         with record_layers(self.model, wanted) as seen, record_attention(self.model, list(maps_of.values())) as maps:
             fused = self.head_path != "model"
             scored = (predictor_states if fused else predictor_logits)(self.model, batch)
-        total, each = self._head(scored, batch, self._head_terms())
+        total, each = self._head(scored, batch, self._weights[0], self._weights[1] if self._loss.distils else None)
         sums = {"ce": each[0], "kl": each[1] if len(each) > 1 else each.new_zeros(())}
         states = {layer: _rows(tensor, batch.predictor) for layer, tensor in seen.items()}
         if fused:
@@ -144,16 +145,15 @@ class DistilModel(nn.Module):
         found = scored.new_zeros(len(self._weighted), dtype=torch.float32)
         if not (self._measures and self.training):
             return found
-        divergences = [(1.0, self._divergence)] if self._divergence is not None else []
-        alone = {"ce": HeadTerms(1.0), "kl": HeadTerms(0.0, divergences, self._temperature)}
+        alone = {"ce": (1.0, None), "kl": (0.0, 1.0)}
         with whole_weights(self.model.get_output_embeddings(), self.head_path == "module"):
             for n, name in enumerate(self._weighted):
                 if not self._weights[n]:
                     continue
                 if name in alone:
 
-                    def head(leaf: Mapping[str, Tensor], terms: HeadTerms = alone[name]) -> Tensor:
-                        return self._head(leaf[FINAL], batch, terms, whole=True)[0]
+                    def head(leaf: Mapping[str, Tensor], weights: tuple[float, float | None] = alone[name]) -> Tensor:
+                        return self._head(leaf[FINAL], batch, *weights, whole=True)[0]
 
                     found[n] = squared_gradient(head, {FINAL: scored})
                 else:
@@ -165,30 +165,41 @@ class DistilModel(nn.Module):
                     found[n] = squared_gradient(term, states) / self._hidden_weight
         return found
 
-    def _head_terms(self) -> HeadTerms:
-        hard, soft, *_ = self._weights
-        return HeadTerms(hard, [] if self._divergence is None else [(soft, self._divergence)], self._temperature)
-
-    def _head(self, scored: Tensor, batch: Batch, terms: HeadTerms, whole: bool = False) -> tuple[Tensor, Tensor]:
+    def _head(
+        self, scored: Tensor, batch: Batch, hard: float, soft: float | None, whole: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Return the terms at the output head, from the states [P, width] that it takes, or from logits [P, V].
 
-        With its weights `whole`, they get no gradient.
+        Args:
+            scored: states or logits, as `head_path` says.
+            batch: what they are of.
+            hard: weight of cross-entropy.
+            soft: weight of the divergence; none leaves it out.
+            whole: the head's weights are whole and get no gradient.
         """
-        teacher = self._teacher(batch) if terms.divergences else None
-        if self.head_path == "model":
-            of_logits = logits_loss if batch.classifier is None else class_loss
-            return of_logits(scored, batch.targets, terms, teacher)
-        head = self.model.get_output_embeddings()
-        if whole:
-            bias = None if head.bias is None else head.bias.detach()
-            return head_loss(scored, head.weight.detach(), bias, batch.targets, terms, teacher)
-        if self.head_path == "module":
-            return logits_loss(head(scored), batch.targets, terms, teacher)
-        return head_loss(scored, head.weight, head.bias, batch.targets, terms, teacher)
+        pair: tuple[Tensor, Tensor | None] | None = None
+        if self.head_path != "model":
+            head = self.model.get_output_embeddings()
+            if whole:
+                pair = (head.weight.detach(), None if head.bias is None else head.bias.detach())
+            elif self.head_path == "fused":
+                pair = (head.weight, head.bias)
+            else:
+                scored = head(scored)
+        teacher = None if soft is None else self._teacher(batch)
+        if self._loss.crosses and soft is not None and batch.across is not None:
+            across = AcrossTerms(hard, soft, "alm" if self._loss.divergence == "alm" else "uld", self._loss.alm_tau)
+            return across_loss(scored, pair, batch.targets.label, batch.across, across, teacher)
+        divergences = [] if self._divergence is None or soft is None else [(soft, self._divergence)]
+        terms = HeadTerms(hard, divergences, self._temperature)
+        if pair is not None:
+            return head_loss(scored, *pair, batch.targets, terms, teacher)
+        of_logits = logits_loss if batch.classifier is None else class_loss
+        return of_logits(scored, batch.targets, terms, teacher)
 
     def _teacher(self, batch: Batch) -> FullTeacher | None:
         """Return whole distributions where the divergence asks for them."""
-        if self._divergence is None:
+        if not self._loss.distils:
             return None
         if self._loss.exact:
             return FullTeacher(states=batch.hidden[FINAL], head=self._teacher_head)

@@ -14,6 +14,7 @@ from storage.object_store import Store
 from storage.sample_set import SampleSet
 from storage.union import DatasetUnion
 from trainer import checkpoint
+from trainer.alignment import Aligner
 from trainer.anatomy import examine
 from trainer.curriculum import planned_order
 from trainer.ewc import chosen_windows
@@ -26,7 +27,7 @@ from trainer.result import RESULT_FILE, TrainResult, mixture, recorded_result, r
 from trainer.sampler import PlannedOrder
 from trainer.served import require_served
 from trainer.spec import LoopSpec, Training
-from trainer.student import build_student, prepare_student, resolve_student
+from trainer.student import aligner_of, build_student, prepare_student, resolve_student, with_vocabulary
 from trainer.trackers import require_trackers
 
 _POLL_S = 0.5
@@ -52,13 +53,13 @@ def train_student(training: Training, on_event: Event) -> TrainResult:
     done = recorded_result(run_dir, name, facts)
     if done is not None:
         return done
-    folder, order = _checked(training, samples)
+    training, folder, order, aligner = _checked(training, samples)
     resume, at = _resume_point(Store(run_dir).child(f"checkpoints/{name}"), facts)
-    spec = _spec(training, folder, facts, resume)
+    spec = replace(_spec(training, folder, facts, resume), aligner=aligner)
     on_event({"event": "train_start", "run": name, "step": at, "steps": steps})
     with _followed(run_dir, name, steps, on_event):
         figures = fit(spec)
-    copy_tokenizer(Path(training.tokenizer_folder), run_dir, name)
+    copy_tokenizer(Path(training.tokenizer_folder) if aligner is None else aligner.folder, run_dir, name)
     if training.identity.capture.classes:
         name_classes(Path(training.tokenizer_folder), run_dir, name)
     apply(order, training.mixing or figures["mixing"])
@@ -69,11 +70,23 @@ def train_student(training: Training, on_event: Event) -> TrainResult:
     return result
 
 
-def _checked(training: Training, samples: SampleSet) -> tuple[str | None, PlannedOrder]:
-    """Check all that can be checked before Ray is touched; returns the student's folder and the planned order."""
-    student, train = training.student, training.train
+def _checked(training: Training, samples: SampleSet) -> tuple[Training, str | None, PlannedOrder, Aligner | None]:
+    """Check all that can be checked before Ray is touched.
+
+    Returns the training with what is filled in, the student's folder, the planned order, and what lays the teacher's
+    tokens over the student's where these are others.
+    """
+    train = training.train
     require_trackers(train.trackers)
-    folder = resolve_student(student, training.identity)
+    folder = resolve_student(training.student, training.identity, train.loss)
+    aligner = aligner_of(training.student, folder, training.identity, Path(training.tokenizer_folder), train.loss)
+    student = with_vocabulary(training.student, aligner)
+    training = replace(training, student=student)
+    if aligner is not None and training.curriculum.adaptive is not None:
+        raise InputError(
+            "curriculum.adaptive compares losses per token, but the student's tokens are others than the teacher's; "
+            "give the shares in curriculum.start and curriculum.end"
+        )
     dataset = DatasetUnion.open([training.dataset_url, *training.also], training.identity, training.reading)
     order = planned_order(samples, training.curriculum, train, dataset, training.left_out, training.earlier)
     _check_dataset(dataset, order, train.loss)
@@ -86,7 +99,7 @@ def _checked(training: Training, samples: SampleSet) -> tuple[str | None, Planne
         model = build_student(student, folder, training.identity)
         prepare_student(model, student, train.loss)
         examine(model, list(train.loss.student_layers), train.zero_stage, training.identity.capture.task)
-    return folder, order
+    return training, folder, order, aligner
 
 
 def _spec(training: Training, folder: str | None, facts: dict[str, Any], resume: str | None) -> LoopSpec:

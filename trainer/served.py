@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from storage.errors import InputError
 from storage.heads import FINAL
-from storage.identity import CaptureIdentity
+from storage.identity import CaptureIdentity, TokenizerIdentity
 from trainer.loss_config import LossConfig
 
 
@@ -23,6 +23,10 @@ FITS: dict[str, Fit] = {
     "forward_kl": Fit(("hybrid", "sampled", "topk", "dense"), ("hybrid", "sampled", "dense")),
     # These need the log-probabilities that were stored, and take what is outside the entries as one bucket.
     **dict.fromkeys(("reverse_kl", "jsd", "skew_kl", "reverse_skew_kl", "adaptive_kl", "tvd"), Fit()),
+    # Across tokenizers: the likelihood of the text's own tokens, where they were kept.
+    "alm": Fit(("topk", "hybrid", "dense")),
+    # Drawn entries have no rank.
+    "uld": Fit(("topk", "dense")),
 }
 """Every divergence of `train.loss.divergence`."""
 
@@ -42,8 +46,35 @@ def require_served(loss: LossConfig, capture: CaptureIdentity) -> None:
             )
 
 
+def require_same_tokens(loss: LossConfig, student: str, own: TokenizerIdentity, teacher: TokenizerIdentity) -> None:
+    """Raise InputError where a loss compares position by position, but student and teacher have other tokenizers.
+
+    `student` is what messages call the student.
+    """
+    if own.digest == teacher.digest:
+        return
+    sides = (
+        f"the tokenizer of {student} ({own.vocab_size} ids, {own.digest[:12]}…) is not the one that the dataset is "
+        f"captured with ({teacher.vocab_size} ids, {teacher.digest[:12]}…)"
+    )
+    if loss.distils and not loss.crosses:
+        raise InputError(
+            f"{sides}, and {loss.divergence} needs a student of the same one; set train.loss.divergence to alm or uld, "
+            "which compare across tokenizers, or train on the text alone with train.loss.kl: 0"
+        )
+    if (loss.layers and not loss.exact) or loss.attends:
+        raise InputError(
+            f"{sides}; train.loss.hidden, attention and relation compare position by position: leave them out"
+        )
+
+
 def _require_classes_alone(loss: LossConfig, capture: CaptureIdentity) -> None:
-    asked = {"hidden": loss.transfers, "attention": loss.attends, "exact": loss.distils and loss.exact}
+    asked = {
+        f"divergence {loss.divergence}": loss.crosses,
+        "hidden": loss.transfers,
+        "attention": loss.attends,
+        "exact": loss.distils and loss.exact,
+    }
     for name in (name for name, is_asked in asked.items() if is_asked):
         raise InputError(
             f"train.loss.{name} needs what a dataset of classes ({capture.task}) does not hold; leave it out: kl and "

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from storage.identity import DatasetIdentity
 from storage.shard_source import DEFAULT_READING, Reading
+from trainer.alignment import Aligner
 from trainer.config import StudentConfig, TrainConfig
 from trainer.curriculum_config import CurriculumConfig
 
@@ -81,3 +82,5 @@ class LoopSpec:
     """Samples of each source that stages before have used."""
     left_out: tuple[bytes, ...] = ()
     """Ids of training samples that the run does without."""
+    aligner: Aligner | None = None
+    """Lays the samples' tokens over those of a student with another tokenizer."""

@@ -1,5 +1,6 @@
 """Students: from a folder or a config to a model, and which of its parameters are trained."""
 
+import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -10,40 +11,77 @@ from torch import nn
 
 from storage.classes import CALLED, auto_model
 from storage.errors import InputError
-from storage.identity import DatasetIdentity
+from storage.identity import DatasetIdentity, TokenizerIdentity
 from storage.tokenizer import Tokenizer
+from trainer.alignment import Aligner
 from trainer.anatomy import attention_module
 from trainer.config import StudentConfig
 from trainer.lora import add_lora
 from trainer.loss_config import LossConfig
+from trainer.served import require_same_tokens
 
 
-def resolve_student(student: StudentConfig, identity: DatasetIdentity) -> str | None:
+def resolve_student(student: StudentConfig, identity: DatasetIdentity, loss: LossConfig | None = None) -> str | None:
     """Return the local folder of a student that starts from a model, none for a fresh one, after cheap checks.
 
     Raises:
-        InputError: there is no such model, its tokenizer is not the dataset's, or its vocabulary is too small.
+        InputError: there is no such model, its tokenizer is another one than the dataset's and the loss (where it is
+            given) does not compare across tokenizers, or its vocabulary is too small.
     """
     folder = None if student.path is None else str(_local_folder(student.path))
-    if folder is not None:
-        digest = Tokenizer.load(folder).digest
-        if digest != identity.tokenizer.digest:
-            raise InputError(
-                f"the tokenizer of student {student.path} ({digest[:12]}…) is not the one that the dataset was "
-                f"captured with ({identity.tokenizer.digest[:12]}…); token targets need a student of the same tokenizer"
-            )
-    vocab_size = int(student_config(student, folder, identity).get_text_config().vocab_size)
-    if vocab_size < identity.tokenizer.vocab_size:
+    own = own_tokenizer(student, folder)
+    tokens = identity.tokenizer if own is None else tokenizer_identity(own)
+    if loss is not None:
+        require_same_tokens(loss, f"student {student.tokenizer or student.path}", tokens, identity.tokenizer)
+    vocab_size = int(student_config(student, folder, tokens.vocab_size, identity).get_text_config().vocab_size)
+    if vocab_size < tokens.vocab_size:
         raise InputError(
-            f"the student's vocabulary has {vocab_size} entries, but the dataset's tokenizer needs "
-            f"{identity.tokenizer.vocab_size}; leave student.config.vocab_size out to have it filled in, or start from "
-            "a model of the same tokenizer"
+            f"the student's vocabulary has {vocab_size} entries, but its tokenizer needs {tokens.vocab_size}; leave "
+            "student.config.vocab_size out to have it filled in, or start from a model of the same tokenizer"
         )
     return folder
 
 
-def student_config(student: StudentConfig, folder: str | None, identity: DatasetIdentity) -> Any:
-    """Return the transformers config of the student."""
+def own_tokenizer(student: StudentConfig, folder: str | None) -> Tokenizer | None:
+    """Return the tokenizer that the student brings, none where it has the dataset's.
+
+    `folder` is where its model lies, if it starts from one.
+    """
+    if student.tokenizer is not None:
+        return Tokenizer.load(_local_folder(student.tokenizer, "student.tokenizer"))
+    return None if folder is None else Tokenizer.load(folder)
+
+
+def with_vocabulary(student: StudentConfig, aligner: Aligner | None) -> StudentConfig:
+    """Return a fresh student that says nothing of its vocabulary with that of its own tokenizer."""
+    if aligner is None or student.config is None:
+        return student
+    return student.model_copy(update={"config": {"vocab_size": aligner.vocab_size, **student.config}})
+
+
+def aligner_of(
+    student: StudentConfig, folder: str | None, identity: DatasetIdentity, teacher: Path, loss: LossConfig
+) -> Aligner | None:
+    """Return what lays the teacher's tokens over the student's; none where these are the same and the loss wants none.
+
+    `teacher` is the folder of the dataset's tokenizer. InputError where one of the two does not spell text.
+    """
+    own, theirs = own_tokenizer(student, folder), identity.tokenizer
+    if not loss.crosses and (own is None or own.digest == theirs.digest):
+        return None
+    teachers = Tokenizer.load(teacher)
+    own = teachers if own is None else own
+    config = student_config(student, folder, own.vocab_size, identity).get_text_config()
+    return Aligner(teachers, own, getattr(config, "max_position_embeddings", None) or sys.maxsize)
+
+
+def tokenizer_identity(tokenizer: Tokenizer) -> TokenizerIdentity:
+    """Return what tells a tokenizer from others."""
+    return TokenizerIdentity(digest=tokenizer.digest, vocab_size=tokenizer.vocab_size)
+
+
+def student_config(student: StudentConfig, folder: str | None, vocab_size: int, identity: DatasetIdentity) -> Any:
+    """Return the transformers config of the student; a fresh one that says nothing gets this vocabulary."""
     from transformers import AutoConfig
 
     classes = identity.capture.classes
@@ -52,7 +90,7 @@ def student_config(student: StudentConfig, folder: str | None, identity: Dataset
         if classes is not None and config.num_labels != classes:
             config.num_labels = classes
         return config
-    fields = {"vocab_size": identity.tokenizer.vocab_size, **(student.config or {})}
+    fields = {"vocab_size": vocab_size, **(student.config or {})}
     try:
         return AutoConfig.for_model(**fields, **({} if classes is None else {"num_labels": classes}))
     except (ValueError, KeyError, TypeError) as error:
@@ -65,7 +103,7 @@ def build_student(student: StudentConfig, folder: str | None, identity: DatasetI
     Fresh weights depend on the seed alone; a folder without a classifier's head gets a fresh one.
     """
     task = identity.capture.task
-    builder, config = auto_model(task), student_config(student, folder, identity)
+    builder, config = auto_model(task), student_config(student, folder, identity.tokenizer.vocab_size, identity)
     with torch.random.fork_rng():
         torch.manual_seed(student.seed)
         try:
@@ -121,12 +159,12 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> int:
     return sum(named[name].numel() for name in frozen)
 
 
-def _local_folder(name: str) -> Path:
+def _local_folder(name: str, what: str = "student.path") -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder.absolute()
     if folder.is_absolute() or name.startswith((".", "~")):
-        raise InputError(f"student.path {name} is no folder; give a model folder or a hub name")
+        raise InputError(f"{what} {name} is no folder; give a model folder or a hub name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -134,5 +172,5 @@ def _local_folder(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise InputError(
-            f"student.path {name} is neither a folder nor a model that the hub gives: {str(error).splitlines()[0]}"
+            f"{what} {name} is neither a folder nor a model that the hub gives: {str(error).splitlines()[0]}"
         ) from error

@@ -26,7 +26,7 @@ def cards(summary: dict[str, Any]) -> list[Card]:
 
 
 def mean_loss(entry: dict[str, Any]) -> float:
-    """Return the mean held-out loss over the sources, nats per token."""
+    """Return the mean held-out loss over the sources, nats per token or byte."""
     losses = entry["loss"].values()
     return float(sum(losses) / len(losses))
 
@@ -39,12 +39,13 @@ def _gain(evaluation: dict[str, Any]) -> Card | None:
     student, baseline = evaluation["student"], evaluation["baseline"]
     if not student:
         return None
+    unit = f"nats/{student.get('unit', 'token')}"
     if not baseline:
-        return _card("Student's held-out loss", f"{mean_loss(student):.3f}", "nats/token")
+        return _card("Student's held-out loss", f"{mean_loss(student):.3f}", unit)
     gaps = {name: student["loss"][name] - baseline["loss"][name] for name in student["loss"]}
     mean = sum(gaps.values()) / len(gaps)
     note = ", ".join(f"{name} {_signed(gap)}" for name, gap in gaps.items())
-    return _card("Student against baseline", _signed(mean), "nats/token", note, "good" if mean < 0 else "bad")
+    return _card("Student against baseline", _signed(mean), unit, note, "good" if mean < 0 else "bad")
 
 
 def _signed(value: float) -> str:

@@ -54,6 +54,7 @@ def _results(data: ReportData) -> Section:
         (source, [Bar(name, _COLOURS[name], entry["loss"][source]) for name, entry in evaluation.items()])
         for source in sources
     ]
+    unit = next((entry["unit"] for entry in evaluation.values() if "unit" in entry), "token")
     accuracy = ["accuracy"] if any(entry.get("accuracy") is not None for entry in evaluation.values()) else []
     head = ["", *(f"loss, {source}" for source in sources), "KL to teacher", "first choice agrees", "ECE", *accuracy]
     rows = [
@@ -73,7 +74,7 @@ def _results(data: ReportData) -> Section:
     )
     caption = "KL, disagreement of first choices, calibration error: smaller is better."
     figures = [
-        _figure("Held-out loss", "Nats per token; smaller is better.", bar_plot(losses, _three, "Held-out loss")),
+        _figure("Held-out loss", f"Nats per {unit}; smaller is better.", bar_plot(losses, _three, "Held-out loss")),
         _figure("Fidelity to the teacher", caption, _fidelity(evaluation)),
         _table("Figures", head, rows, wide=True),
         _seeds(data.summary["seeds"]),

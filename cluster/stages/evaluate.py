@@ -1,11 +1,13 @@
 """Teacher, student and baseline on held-out text."""
 
 import contextlib
+import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.config import RunConfig
 from cluster.progress import Shown
@@ -18,9 +20,13 @@ from storage.identity import DatasetIdentity
 from storage.sample_set import SampleSet
 from storage.samples import Int64Array
 from storage.shard_source import Reading
+from storage.tokenizer import Tokenizer
 from storage.union import DatasetUnion, dataset_urls, open_existing
 from trainer.config import StudentConfig, TaskConfig
 from trainer.task_file import Example, read_task
+
+if TYPE_CHECKING:
+    from trainer.alignment import Aligner
 
 Ids = dict[str, list[bytes]]
 
@@ -81,6 +87,8 @@ class Scoring:
     ids: Ids
     shown_samples: int
     tasks: list[tuple[TaskConfig, list[Example]]]
+    tokenizer: Tokenizer
+    """The teacher's, for students that have another one."""
     start: str | StudentConfig | None
     """What the student's last stage started from: the run of the stage before, or a model; none where it was fresh."""
 
@@ -98,6 +106,7 @@ def _scores(work: Workspace, names: list[str], ids: Ids, task: Shown) -> dict[st
         ids,
         config.evaluate.shown_samples,
         tasks,
+        work.tokenizer,
         _start(config),
     )
     if config.cluster.joins is None:
@@ -136,9 +145,7 @@ def score_models(what: Scoring, device: str, update: Callable[[float, float, str
         dataset.labels = SampleSet.open(what.samples_url).labels()
     on = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     per_model = sum(len(chosen) for chosen in ids.values())
-    result: dict[str, Any] = {"teacher": evaluate_teacher(dataset, ids)}
-    most_shown = 0 if classifies else what.shown_samples
-    shown = [sample_id for chosen in ids.values() for sample_id in chosen[:most_shown]]
+    result: dict[str, Any] = {}
     for n, name in enumerate(what.names):
 
         def on_progress(event: dict[str, Any], before: int = n * per_model, model: str = name) -> None:
@@ -146,14 +153,30 @@ def score_models(what: Scoring, device: str, update: Callable[[float, float, str
                 update(before + event["done"], len(what.names) * per_model, model)
 
         with local_model(run, name) as folder:
-            result[name] = evaluate_model(folder, dataset, ids, on, on_progress)
+            aligner = _aligner(what, folder)
+            # What is compared by tokens: that of other tokens, or of classes, is told by its figures alone.
+            most_shown = 0 if classifies or aligner is not None else what.shown_samples
+            shown = [sample_id for chosen in ids.values() for sample_id in chosen[:most_shown]]
+            result.setdefault("teacher", evaluate_teacher(dataset, ids, aligner))
+            result[name] = evaluate_model(folder, dataset, ids, on, on_progress, aligner)
             if what.tasks:
                 result[name]["tasks"] = run_tasks(folder, what.tasks, on)
             if name == "student" and shown:
                 result["shown"] = token_views(folder, dataset, shown, on)
             if name == "student" and what.start is not None:
-                result[name]["forgetting"] = _forgetting(what, folder, dataset, on)
+                result[name]["forgetting"] = _forgetting(what, folder, dataset, on, aligner)
     return result
+
+
+def _aligner(what: Scoring, folder: Path) -> "Aligner | None":
+    """Return what lays the dataset's tokens over those of a trained model, none where they are the same."""
+    from trainer.alignment import Aligner
+
+    own = Tokenizer.load(folder)
+    if own.digest == what.identity.tokenizer.digest:
+        return None
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return Aligner(what.tokenizer, own, fields.get("max_position_embeddings") or sys.maxsize)
 
 
 def _start(config: RunConfig) -> str | StudentConfig | None:
@@ -165,7 +188,9 @@ def _start(config: RunConfig) -> str | StudentConfig | None:
     return config.student if starts else None
 
 
-def _forgetting(what: Scoring, folder: Path, dataset: DatasetUnion, device: str) -> dict[str, Any]:
+def _forgetting(
+    what: Scoring, folder: Path, dataset: DatasetUnion, device: str, aligner: "Aligner | None"
+) -> dict[str, Any]:
     from trainer.forgetting import forgetting
     from trainer.student import resolve_student
 
@@ -174,7 +199,7 @@ def _forgetting(what: Scoring, folder: Path, dataset: DatasetUnion, device: str)
             name, start = what.start.path, Path(str(resolve_student(what.start, what.identity)))
         else:
             name, start = what.start, stack.enter_context(local_model(RunDir(what.run_url), str(what.start)))
-        return {"from": name, "sources": forgetting(folder, start, dataset, what.ids, device)}
+        return {"from": name, "sources": forgetting(folder, start, dataset, what.ids, device, aligner=aligner)}
 
 
 def _trained(run: RunDir, name: str) -> list[Any]:

@@ -1,5 +1,6 @@
 """Two tokenizers over one text: every chunk spells the same bytes on both sides, and is the smallest that does."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+def aligner(folders: dict[str, Path], teacher: str, student: str, *most: int) -> Aligner:
+    return Aligner(Tokenizer.load(folders[teacher]), Tokenizer.load(folders[student]), *most)
+
+
 def sample_of(tokenizer: Tokenizer, texts: list[str], chance: np.random.Generator, part: bool) -> Sample:
-    """A window of documents as they are prepared; of a `part` some tokens alone are supervised, and both ends are cut."""
+    """A window of documents as they are prepared; of a `part` both ends are cut and some tokens not supervised."""
     documents = []
     for text in texts:
         ids = tokenizer.encode_batch([text])[0].tolist()
@@ -53,12 +58,13 @@ def sample_of(tokenizer: Tokenizer, texts: list[str], chance: np.random.Generato
 
 
 def pieces(sample: Sample, chunk: np.ndarray, number: int, tokenizer: Tokenizer) -> tuple[bytes, set[int]]:
-    """The bytes of a chunk's tokens and their documents; start and end tokens are told by one sign each."""
+    """The bytes of a chunk's tokens and their documents; end tokens are told by one sign."""
     table, rows = token_bytes(tokenizer), np.flatnonzero(sample.supervised)[chunk == number]
-    signs = {tokenizer.bos_id: b"\1", tokenizer.eos_id: b"\2"}
-    ids = sample.tokens[rows].tolist()
     assert rows.tolist() == list(range(rows[0], rows[0] + len(rows))), "a chunk's tokens follow each other"
-    return b"".join(signs.get(i, table.data[i]) for i in ids), set(sample.document[rows].tolist())
+    spelt = table.spell(sample.tokens[rows])
+    for mark in (b"</s>", b"<|end|>"):
+        spelt = spelt.replace(mark, b"\2")
+    return spelt, set(sample.document[rows].tolist())
 
 
 @settings(max_examples=60, deadline=None)
@@ -69,13 +75,16 @@ def test_chunks_spell_the_same_text_and_none_is_larger_than_it_must_be(
     left, right = (data.draw(st.sampled_from(SIDES)) for _ in range(2))
     teacher, student = Tokenizer.load(folders[left]), Tokenizer.load(folders[right])
     sample = sample_of(teacher, texts, np.random.default_rng(seed), part)
-    aligned = Aligner(folders[left], folders[right]).align(sample)
+    aligned = Aligner(teacher, student).align(sample)
     own = aligned.sample
     assert len(aligned.teacher_chunk) == sample.supervised.sum() and len(aligned.student_chunk) == own.supervised.sum()
     for number in range(aligned.num_chunks):
         mine, mine_in = pieces(sample, aligned.teacher_chunk, number, teacher)
         other, other_in = pieces(own, aligned.student_chunk, number, student)
-        assert mine == other and mine and mine_in == other_in and len(mine_in) == 1
+        # The space that SentencePiece puts before a text is no text.
+        same = {mine, b" " + mine, mine.removeprefix(b" ")} if "piece" in (left, right) else {mine}
+        assert mine and other in same
+        assert mine_in == other_in and len(mine_in) == 1
     own_words = [w for w in np.unique(aligned.teacher_chunk) if w >= 0]
     assert own_words == list(range(aligned.num_chunks)) == [w for w in np.unique(aligned.student_chunk) if w >= 0]
     if left == right and not part:
@@ -130,19 +139,20 @@ def test_a_sentence_by_hand(folders: dict[str, Path]) -> None:
     sample = sample_of(teacher, ["the fox"], np.random.default_rng(0), False)
     words = [teacher.token_text(i) for i in sample.tokens]
     assert words == ["the", " fox", "<|end|>"]
-    aligned = Aligner(folders["coarse"], folders["fine"]).align(sample)
-    assert bytes(aligned.sample.tokens[:-1] * 0 + np.frombuffer(b"the fox", np.uint8)) == b"the fox"
-    # Neither side can predict its first token; the word after it is one token there and four here.
+    aligned = aligner(folders, "coarse", "fine").align(sample)
+    assert token_bytes(Tokenizer.load(folders["fine"])).spell(aligned.sample.tokens) == b"the fox<|end|>"
+    # Nobody learns the first word, which the teacher cannot predict; the next is one token there and four here.
+    assert aligned.sample.supervised.tolist() == [False] * 3 + [True] * 5
     assert aligned.teacher_chunk.tolist() == [0, 1]
-    assert aligned.student_chunk.tolist() == [-1, -1, 0, 0, 0, 0, 1]
-    assert aligned.pairs.tolist() == [[0, 2], [1, 6]]
-    assert (aligned.num_bytes, aligned.num_own_bytes) == (4, 6)
+    assert aligned.student_chunk.tolist() == [0, 0, 0, 0, 1]
+    assert aligned.pairs.tolist() == [[0, 0], [1, 4]]
+    assert (aligned.num_bytes, aligned.num_own_bytes) == (4, 4)
 
 
 def test_what_the_student_has_no_room_for_is_left_out(folders: dict[str, Path]) -> None:
     teacher = Tokenizer.load(folders["coarse"])
     sample = sample_of(teacher, ["the fox and the lazy dog", "the dog"], np.random.default_rng(0), False)
-    whole, short = (Aligner(folders["coarse"], folders["fine"], n).align(sample) for n in (100, 9))
+    whole, short = (aligner(folders, "coarse", "fine", n).align(sample) for n in (100, 9))
     assert [(short.sample.document == n).sum() for n in (0, 1)] == [9, 8]
     assert short.num_chunks == 3 < whole.num_chunks
     assert short.teacher_chunk.tolist()[:2] == [0, -1]
@@ -152,16 +162,18 @@ def test_text_that_is_none_leaves_a_token_that_nobody_learns(folders: dict[str, 
     fine = Tokenizer.load(folders["fine"])
     rest = fine.encode_batch(["é"])[0][1:]
     sample = Sample("general", np.repeat(rest, 3), np.array([False, True, True]), np.zeros(3, dtype=np.int16))
-    aligned = Aligner(folders["fine"], folders["coarse"]).align(sample)
+    aligned = aligner(folders, "fine", "coarse").align(sample)
     assert len(aligned.sample.tokens) == 1 and not aligned.sample.supervised.any() and aligned.num_chunks == 0
     assert (aligned.teacher_chunk == -1).all()
 
 
 def test_samples_are_aligned_once(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    aligner, teacher = Aligner(folders["coarse"], folders["fine"]), Tokenizer.load(folders["coarse"])
+    made_by, teacher = aligner(folders, "coarse", "fine"), Tokenizer.load(folders["coarse"])
     samples = [sample_of(teacher, [f"the fox {n}"], np.random.default_rng(0), False) for n in range(3)]
-    made: list[Aligned] = [aligner.align(sample) for sample in samples]
-    assert aligner.align(samples[0]) is made[0]
+    made: list[Aligned] = [made_by.align(sample) for sample in samples]
+    assert made_by.align(samples[0]) is made[0]
     monkeypatch.setattr(alignment, "CACHE_BYTES", 1)
-    aligner.align(sample_of(teacher, ["the dog"], np.random.default_rng(0), False))
-    assert aligner.align(samples[0]) is not made[0]
+    made_by.align(sample_of(teacher, ["the dog"], np.random.default_rng(0), False))
+    assert made_by.align(samples[0]) is not made[0]
+    copy = pickle.loads(pickle.dumps(made_by)).align(samples[1])  # noqa: S301 - our own bytes
+    assert copy.teacher_chunk.tolist() == made[1].teacher_chunk.tolist()

@@ -1,4 +1,7 @@
-"""Divergences by the name that a config gives them; which targets each one takes stands in `trainer.served`."""
+"""Divergences over one vocabulary, by name; which targets each one takes stands in `trainer.served`.
+
+Those across tokenizers are in `trainer.losses.across`.
+"""
 
 from collections.abc import Callable
 

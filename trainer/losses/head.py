@@ -8,7 +8,7 @@ cross-entropy they cost gathers and scatters at the entries.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -184,7 +184,11 @@ def _weights(terms: HeadTerms, like: Tensor) -> Tensor:
     return torch.tensor([terms.cross_entropy, *(weight for weight, _ in terms.divergences)]).to(like)
 
 
-def _chunks(targets: SparseTargets, vocabulary: int) -> Iterator[tuple[int, int]]:
+def row_chunks(count: int, vocabulary: int, begin: int = 0) -> Iterator[tuple[int, int]]:
+    """Return the runs in which positions `begin` to `count` are worked on."""
     size = max(MIN_CHUNK, CHUNK_BYTES // (4 * vocabulary))
-    runs = pairwise(targets.edges())
-    return ((first, min(first + size, end)) for begin, end in runs for first in range(begin, end, size))
+    return ((first, min(first + size, count)) for first in range(begin, count, size))
+
+
+def _chunks(targets: SparseTargets, vocabulary: int) -> Iterator[tuple[int, int]]:
+    return chain.from_iterable(row_chunks(end, vocabulary, begin) for begin, end in pairwise(targets.edges()))
