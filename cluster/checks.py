@@ -32,10 +32,10 @@ def check_places(config: RunConfig, run: RunDir) -> None:
     Store(config.cache.url).probe()
 
 
-def check_student(config: RunConfig, tokenizer: Tokenizer) -> None:
+def check_student(config: RunConfig, tokenizer: Tokenizer) -> Tokenizer:
     """Check the student's tokenizer, vocabulary and positions against the teacher's tokenizer and the windows.
 
-    A student named by hub name is checked by the trainer when it is there.
+    A student named by hub name is checked by the trainer when it is there. Returns the student's tokenizer.
     """
     student = config.student
     if student.path is not None:
@@ -45,7 +45,7 @@ def check_student(config: RunConfig, tokenizer: Tokenizer) -> None:
                 raise InputError(
                     f"student.path {student.path} is no folder; name a model folder or a hub model `owner/name`"
                 )
-            return
+            return tokenizer
         own = _own_tokenizer(config, tokenizer)
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         _check_vocabulary(model_facts(folder).vocab_size, own, f"student.path {student.path}")
@@ -54,14 +54,13 @@ def check_student(config: RunConfig, tokenizer: Tokenizer) -> None:
         fields = student.config or {}
         if isinstance(fields.get("vocab_size"), int):
             _check_vocabulary(fields["vocab_size"], own, "student.config")
-    if own.digest != tokenizer.digest:
-        return
     positions = next((fields[key] for key in _POSITION_KEYS if isinstance(fields.get(key), int)), None)
     if positions is not None and config.data.window_tokens > positions:
         raise InputError(
             f"data.window_tokens {config.data.window_tokens} is longer than the {positions} positions of the student; "
             f"lower it to {positions} or less, or give the student more positions"
         )
+    return own
 
 
 def _own_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> Tokenizer:

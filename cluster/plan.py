@@ -205,8 +205,9 @@ def _tokenizer(config: RunConfig, checks: list[str]) -> Tokenizer:
         positions = check_teacher_fits(config, folder, tokenizer).max_positions
     if positions is not None:
         checks.append(f"windows of {config.data.window_tokens} tokens fit the teacher's {positions} positions")
-    check_student(config, tokenizer)
-    checks.append(f"the student's vocabulary and positions fit the tokenizer ({tokenizer.vocab_size} ids)")
+    own = check_student(config, tokenizer)
+    which = "the" if own is tokenizer else "its own"
+    checks.append(f"the student's vocabulary and positions fit {which} tokenizer ({own.vocab_size} ids)")
     return tokenizer
 
 

@@ -35,20 +35,18 @@ class Overlay:
     starts: Int64Array  # [Q, 2], tokens of both sides that begin at one byte and count
 
 
-def overlay(
-    left: Int64Array, right: Int64Array, counted_left: BoolArray, counted_right: BoolArray, borders: Int64Array
-) -> Overlay:
+def overlay(left: Int64Array, right: Int64Array, counted_left: BoolArray, counted_right: BoolArray) -> Overlay:
     """Lay two rows of tokens over one text.
 
-    A chunk counts where all of its tokens do, on both sides, and these cover the same bytes.
+    A chunk counts where all of its tokens do, on both sides, and these cover the same bytes. So none reaches over the
+    end of a document, whose first tokens never count.
 
     Args:
         left: where the tokens of one side begin and end, in bytes, [A, 2], in order.
         right: those of the other side, [B, 2].
         counted_left, counted_right: which tokens count.
-        borders: ends of documents, which no chunk crosses, rising.
     """
-    ends = np.union1d(np.intersect1d(left[:, 1], right[:, 1]), borders)
+    ends = np.intersect1d(left[:, 1], right[:, 1])
     chunks = [np.searchsorted(ends, side[:, 1], side="left") for side in (left, right)]
     whole = np.ones(len(ends) + 1, dtype=np.bool_)
     sizes = []
@@ -128,16 +126,14 @@ class Aligner:
 
     def _align(self, sample: Sample) -> Aligned:
         theirs = self._spans(sample.tokens, self._teacher, self._theirs)
-        document, ends = sample.document, theirs[:, 1]
-        borders = ends[np.flatnonzero(np.diff(document, append=-1))]
         supervised_upto = np.concatenate(([0], np.cumsum(np.where(sample.supervised, np.diff(theirs)[:, 0], 0))))
         tokens, spans, numbers = self._own_tokens(sample, theirs)
         # A token that holds supervised text in part counts, else that text would go unlearnt.
-        edges = np.concatenate(([0], ends))
+        edges = np.concatenate(([0], theirs[:, 1]))
         held = np.interp(spans[:, 1], edges, supervised_upto) - np.interp(spans[:, 0], edges, supervised_upto)
         first = np.diff(numbers, prepend=-1) != 0
         supervised = (held > 0) & ~first
-        over = overlay(theirs, spans, sample.supervised, supervised, borders)
+        over = overlay(theirs, spans, sample.supervised, supervised)
         theirs_at, own_at = (np.cumsum(mask) - 1 for mask in (sample.supervised, supervised))
         pairs = np.stack([theirs_at[over.starts[:, 0]], own_at[over.starts[:, 1]]], axis=1)
         return Aligned(

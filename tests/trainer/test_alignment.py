@@ -20,7 +20,7 @@ WORDS = st.sampled_from(
     ["the ", "red ", "fox", " lazy", "\n", "漢字", "漢", "naïve", "é", "🙂", "zorro ", "<|end|>", "x"]
 )
 TEXT = st.lists(WORDS, min_size=1, max_size=12).map("".join)
-SIDES = ["fine", "coarse", "begin", "piece"]
+SIDES = ["fine", "coarse", "begin", "piece", "bare"]
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "coarse": write_tokenizer(root / "coarse", CORPUS),
         "begin": write_tokenizer(root / "begin", CORPUS[1:2] * 5, merges=60, **begins),
         "piece": write_sentence_piece(root / "piece", CORPUS),
+        "bare": write_tokenizer(root / "bare", CORPUS, merges=90, eos_token=None),
     }
 
 
@@ -44,8 +45,8 @@ def sample_of(tokenizer: Tokenizer, texts: list[str], chance: np.random.Generato
     documents = []
     for text in texts:
         ids = tokenizer.encode_batch([text])[0].tolist()
-        ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + ids + [tokenizer.eos_id]
-        documents.append(ids)
+        begin, end = ([] if mark is None else [mark] for mark in (tokenizer.bos_id, tokenizer.eos_id))
+        documents.append(begin + ids + end)
     if part:
         documents[0] = documents[0][1:] if len(documents[0]) > 2 else documents[0]
         documents[-1] = documents[-1][:-1] if len(documents[-1]) > 2 else documents[-1]
@@ -77,6 +78,7 @@ def test_chunks_spell_the_same_text_and_none_is_larger_than_it_must_be(
     sample = sample_of(teacher, texts, np.random.default_rng(seed), part)
     aligned = Aligner(teacher, student).align(sample)
     own = aligned.sample
+    assert not own.supervised[np.diff(own.document, prepend=-1) != 0].any(), "nothing comes before a first token"
     assert len(aligned.teacher_chunk) == sample.supervised.sum() and len(aligned.student_chunk) == own.supervised.sum()
     for number in range(aligned.num_chunks):
         mine, mine_in = pieces(sample, aligned.teacher_chunk, number, teacher)
@@ -102,11 +104,10 @@ def test_an_overlay_is_what_walking_along_the_text_finds(cuts: list[list[int]], 
         ends = np.cumsum(lengths)
         sides.append(np.stack([ends - lengths, ends], axis=1))
     counted = [np.array(data.draw(st.lists(st.booleans(), min_size=len(s), max_size=len(s)))) for s in sides]
-    border = int(max(side[-1, 1] for side in sides))
-    found = overlay(sides[0], sides[1], counted[0], counted[1], np.array([border]))
+    found = overlay(sides[0], sides[1], counted[0], counted[1])
     walked: list[tuple[list[int], list[int]]] = []
     at, open_ = [0, 0], ([], [])
-    for byte in range(1, border + 1):
+    for byte in range(1, int(max(side[-1, 1] for side in sides)) + 1):
         closes = []
         for n, side in enumerate(sides):
             ended = at[n] < len(side) and side[at[n], 1] == byte
@@ -114,7 +115,7 @@ def test_an_overlay_is_what_walking_along_the_text_finds(cuts: list[list[int]], 
                 open_[n].append(at[n])
                 at[n] += 1
             closes.append(ended)
-        if all(closes) or byte == border:
+        if all(closes):
             walked.append(open_)
             open_ = ([], [])
     valid = []
@@ -147,6 +148,16 @@ def test_a_sentence_by_hand(folders: dict[str, Path]) -> None:
     assert aligned.student_chunk.tolist() == [0, 0, 0, 0, 1]
     assert aligned.pairs.tolist() == [[0, 0], [1, 4]]
     assert (aligned.num_bytes, aligned.num_own_bytes) == (4, 4)
+
+
+def test_a_first_token_that_holds_text_to_be_learnt_is_not_learnt(folders: dict[str, Path]) -> None:
+    sample = sample_of(Tokenizer.load(folders["fine"]), ["the fox"], np.random.default_rng(0), False)
+    aligned = aligner(folders, "fine", "coarse").align(sample)
+    assert aligned.sample.supervised.tolist() == [False, True, True]
+    assert aligned.teacher_chunk.tolist() == [-1, -1, 0, 0, 0, 0, 1]
+    assert aligned.student_chunk.tolist() == [0, 1]
+    assert aligned.pairs.tolist() == [[2, 0], [6, 1]]
+    assert (aligned.num_bytes, aligned.num_own_bytes) == (6, 4)
 
 
 def test_what_the_student_has_no_room_for_is_left_out(folders: dict[str, Path]) -> None:
