@@ -76,7 +76,7 @@ def _own_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> Tokenizer:
     mine, theirs = sides
     if mine == theirs:
         return tokenizer
-    for stage in config.chain("student"):
+    for stage in config.chain():
         require_same_tokens(stage.train.loss, f"student {name}", mine, theirs)
     for one in (own, tokenizer):
         token_bytes(one)
