@@ -9,7 +9,7 @@ from torch import Tensor
 from storage.errors import InputError
 from storage.heads import Head
 from storage.identity import CaptureIdentity
-from trainer.loss_config import LossConfig
+from trainer.loss_config import ACROSS, LossConfig
 from trainer.losses import DIVERGENCES, FullTeacher, HeadTerms, SparseTargets, chosen_divergence, head_loss, logits_loss
 from trainer.losses import full as full_module
 from trainer.losses import head as head_module
@@ -186,7 +186,7 @@ def capture(kind: str, **fields: object) -> CaptureIdentity:
 
 
 def test_every_divergence_says_what_it_takes() -> None:
-    assert set(FITS) == set(DIVERGENCES)
+    assert set(FITS) == {*DIVERGENCES, *ACROSS}
     for fit in FITS.values():
         assert set(fit.unbiased_on) <= set(fit.accepts)
 
