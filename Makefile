@@ -56,8 +56,9 @@ lint: .venv/dev.stamp
 	$(BIN)/mypy
 
 # Asks PyPI about every pinned package: needs the network, and its answer changes without a change here; so no part of lint.
+# An index that knows no advisories, as a mirror may, is an error (--strict), not a clean bill.
 audit: .venv/bin/uv
-	$(BIN)/uv tool run pip-audit --requirement constraints.txt --no-deps --disable-pip
+	$(BIN)/uv tool run pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 bench: .venv/dev.stamp
 	for b in $$(ls benchmarks/*.py | grep -v -e soak -e light_rank -e autoscale -e fake_nodes -e vllm); do PYTHONPATH=. $(BIN)/python $$b || exit 1; done

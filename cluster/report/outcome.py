@@ -62,8 +62,12 @@ def overhead(events: Sequence[Event]) -> dict[str, Any] | None:
 
     Own work is tokens that are scored or trained on, and whole stages that do no more than start with it; `share` is
     what the commands took beyond it, as a share of it, and `around` the seconds of each stage before and after it.
-    Commands that did nothing new, or did not end, are left out; None where all are.
+    Commands that did nothing new, or did not get to their end or their report, are left out; None where all are.
     """
+
+    def reports(event: Event) -> bool:
+        return event.get("event") == "stage_started" and event.get("stage") == "report"
+
     wall, work, around = 0.0, 0.0, dict[str, float]()
     began: datetime | None = None
     done: list[Event] = []
@@ -73,7 +77,7 @@ def overhead(events: Sequence[Event]) -> dict[str, Any] | None:
             began, done = datetime.fromisoformat(str(event["time"])), []
         elif name == "stage_finished" and not event.get("skipped"):
             done.append(event)
-        elif name == "command_finished" and began is not None and done:
+        elif began is not None and done and (name == "command_finished" or reports(event)):
             wall += (datetime.fromisoformat(str(event["time"])) - began).total_seconds()
             for stage in done:
                 # What a command that was ended from outside had done before is in `work_s` too.

@@ -127,7 +127,9 @@ def test_overhead_is_what_commands_take_beyond_the_work_of_their_stages() -> Non
         at(0 / 60, "command_started"),
         at(10 / 60, "stage_finished", stage="prepare", seconds=10.0, skipped=False),
         at(60 / 60, "stage_finished", stage="capture", seconds=50.0, skipped=False, work_s=40.0),
-        at(61 / 60, "command_finished"),
+        at(61 / 60, "stage_started", stage="report"),
+        at(65 / 60, "stage_finished", stage="report", seconds=4.0, skipped=False),
+        at(66 / 60, "command_finished"),
     ]
     killed = [
         at(100 / 60, "command_started"),
