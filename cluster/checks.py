@@ -16,6 +16,7 @@ from storage.sample_set import SampleSet
 from storage.token_bytes import token_bytes
 from storage.tokenizer import Tokenizer
 from trainer.curriculum import planned_shares
+from trainer.harness import require_harness
 from trainer.sampler import planned_counts
 from trainer.served import require_same_tokens
 from trainer.stages import consumed
@@ -125,7 +126,8 @@ def check_curriculum(config: RunConfig, samples: SampleSet) -> None:
 
 
 def check_tasks(config: RunConfig) -> None:
-    """Check the files of the tasks that the trained models are to be scored on."""
+    """Check the files of the tasks that the trained models are to be scored on, and what scores them."""
+    require_harness(config.evaluate.lm_eval)
     for task in config.evaluate.tasks:
         read_task(task)
 

@@ -12,7 +12,18 @@ if TYPE_CHECKING:
 
 
 _TEXT_COLUMNS = {
-    *("run", "source", "split", "held-out", "column", "token", "teacher's first choices", "stage", "node type"),
+    *(
+        "run",
+        "source",
+        "split",
+        "held-out",
+        "benchmark",
+        "column",
+        "token",
+        "teacher's first choices",
+        "stage",
+        "node type",
+    ),
 }
 
 
@@ -193,6 +204,13 @@ def _show_beside(out: Terminal, evaluation: dict[str, Any]) -> None:
         for name, entry in models.items():
             found = [entry["tasks"][task] for task in tasks]
             table.add_row(name, *(f"{one['score']:.3f} ({one['low']:.3f} to {one['high']:.3f})" for one in found))
+        out.show(table)
+    scored = {name: entry["lm_eval"] for name, entry in models.items() if entry.get("lm_eval")}
+    if scored:
+        table = _table("benchmark", *scored)
+        for task, metrics in next(iter(scored.values())).items():
+            for metric in metrics:
+                table.add_row(f"{task} {metric}", *(f"{found[task][metric]['score']:.4f}" for found in scored.values()))
         out.show(table)
     forgotten = models.get("student", {}).get("forgetting")
     if forgotten:

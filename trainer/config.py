@@ -167,6 +167,21 @@ class TaskConfig(Settings):
     """Lines that are used, at most."""
 
 
+class LmEvalConfig(Settings):
+    """Public benchmarks, scored by the package lm-eval (extra `eval`)."""
+
+    tasks: list[str] = Field(min_length=1)
+    """Names of its tasks, e.g. `[hellaswag, arc_easy]`; their data come from the hub, or from where a task says."""
+    include_path: str | None = None
+    """Folder with task files (YAML) of your own. They may hold code: name only a folder that you trust."""
+    limit: int | None = Field(default=None, ge=1)
+    """Examples of each task, at most; none: all."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """Solved examples before each question; none: as the task says."""
+    batch_size: int = Field(default=8, ge=1)
+    """Requests per forward pass."""
+
+
 class EvaluateConfig(Settings):
     """Held-out evaluation."""
 
@@ -178,6 +193,8 @@ class EvaluateConfig(Settings):
     """Held-out windows per source whose tokens appear in the report."""
     tasks: list[TaskConfig] = Field(default_factory=list)
     """What the trained models are asked beside."""
+    lm_eval: LmEvalConfig | None = None
+    """Public benchmarks that the trained models are scored on; needs the extra `eval`."""
 
 
 class StageConfig(Settings):

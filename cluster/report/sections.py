@@ -79,6 +79,7 @@ def _results(data: ReportData) -> Section:
         _table("Figures", head, rows, wide=True),
         _seeds(data.summary["seeds"]),
         _tasks(evaluation),
+        _benchmarks(evaluation),
         _forgetting(evaluation.get("student", {}).get("forgetting")),
     ]
     return _section("results", "Results on held-out text", lead, figures if evaluation else [])
@@ -115,6 +116,17 @@ def _tasks(evaluation: dict[str, Any]) -> Figure | None:
     ]
     caption = "The interval holds the score of 95 in 100 samples of as many examples (bootstrap)."
     return _table("Tasks", ["", "task", "metric", "score", "95% interval"], rows, caption)
+
+
+def _benchmarks(evaluation: dict[str, Any]) -> Figure | None:
+    rows = [
+        [name, task, metric, _number(score["score"]), _number(score["stderr"])]
+        for name, entry in evaluation.items()
+        for task, metrics in entry.get("lm_eval", {}).items()
+        for metric, score in metrics.items()
+    ]
+    caption = "Scored by lm-eval; the standard error is its own."
+    return _table("Benchmarks", ["", "task", "metric", "score", "standard error"], rows, caption)
 
 
 def _forgetting(found: dict[str, Any] | None) -> Figure | None:

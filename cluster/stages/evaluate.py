@@ -22,7 +22,8 @@ from storage.samples import Int64Array
 from storage.shard_source import Reading
 from storage.tokenizer import Tokenizer
 from storage.union import DatasetUnion, dataset_urls, open_existing
-from trainer.config import StudentConfig, TaskConfig
+from trainer.config import LmEvalConfig, StudentConfig, TaskConfig
+from trainer.harness import run_harness
 from trainer.task_file import Example, read_task
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def evaluate(work: Workspace, names: list[str]) -> dict[str, Any]:
         settings.shown_samples,
         _start(work.config),
         [task.model_dump(mode="json") for task in settings.tasks],
+        *([] if settings.lm_eval is None else [settings.lm_eval.model_dump(mode="json")]),
     )
     with work.stage("evaluate") as outcome, work.progress.task("Evaluating on held-out text", "samples") as task:
         result = work.run.result("evaluate", key)
@@ -87,6 +89,7 @@ class Scoring:
     ids: Ids
     shown_samples: int
     tasks: list[tuple[TaskConfig, list[Example]]]
+    lm_eval: LmEvalConfig | None
     tokenizer: Tokenizer
     """The teacher's, for students that have another one."""
     start: str | StudentConfig | None
@@ -106,6 +109,7 @@ def _scores(work: Workspace, names: list[str], ids: Ids, task: Shown) -> dict[st
         ids,
         config.evaluate.shown_samples,
         tasks,
+        config.evaluate.lm_eval,
         work.tokenizer,
         _start(config),
     )
@@ -161,6 +165,8 @@ def score_models(what: Scoring, device: str, update: Callable[[float, float, str
             result[name] = evaluate_model(folder, dataset, ids, on, on_progress, aligner)
             if what.tasks:
                 result[name]["tasks"] = run_tasks(folder, what.tasks, on)
+            if what.lm_eval is not None:
+                result[name]["lm_eval"] = run_harness(folder, what.lm_eval, on)
             if name == "student" and shown:
                 result["shown"] = token_views(folder, dataset, shown, on)
             if name == "student" and what.start is not None:

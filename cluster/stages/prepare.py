@@ -18,6 +18,7 @@ from cluster.workspace import Workspace
 from storage.errors import InputError
 from storage.sample_set import prepare_samples
 from storage.tokenizer import Tokenizer
+from trainer.harness import require_tasks
 from workers.api.identity import api_identity
 from workers.embedded import ensure_teacher, ensure_tokenizer
 from workers.model_folder import resolve_model, teacher_identity
@@ -35,6 +36,7 @@ def prepare(work: Workspace) -> None:
             )
     check_places(config, work.run)
     check_tasks(config)
+    require_tasks(config.evaluate.lm_eval)
     work.run.write_config(config)
     with work.stage("prepare") as outcome, work.progress.task("Preparing samples", "samples") as task:
         embedded = config.teacher.name == "embedded"
