@@ -33,34 +33,51 @@ from ray.cluster_utils import Cluster
 cluster = Cluster()
 # Jobs go through the head's agent, whose usual port another Ray on this machine may have.
 ports = [int(port) for port in sys.argv[1:]]
-cluster.add_node(num_cpus=0, include_dashboard=True, dashboard_port=ports[0], dashboard_agent_listen_port=ports[1])
-# Addresses of their own, as on real machines: a driver joins the node of its own address, the head. Folders of their
-# own for what ships: each node that joins would remove that in which the others are at work.
-added = [
-    cluster.add_node(
+cluster.add_node(
+    num_cpus=0, include_dashboard=True, dashboard_port=ports.pop(), dashboard_agent_listen_port=ports.pop()
+)
+def add():
+    # Addresses of their own, as on real machines: a driver joins the node of its own address, the head. Folders of
+    # their own for what ships: each node that joins would remove that in which the others are at work.
+    n = len(ports)
+    node = cluster.add_node(
         num_cpus=2,
         labels={"role": "worker"},
-        node_ip_address=f"127.0.0.{n}",
-        dashboard_agent_listen_port=ports[n],
+        node_ip_address=f"127.0.0.{n + 1}",
+        dashboard_agent_listen_port=ports.pop(),
         runtime_env_dir_name=f"runtime_resources_{n}",
     )
-    for n in (2, 3)
-]
-workers = {node.node_id: node for node in added}
+    workers[node.node_id] = node
+workers = {}
+add()
+add()
 import ray
 from ray._raylet import GcsClient
-from ray.util.state import list_actors
+from ray.util.state import list_actors, list_tasks
 ray.init(address=cluster.address, log_to_driver=False)
 print(json.dumps({"address": cluster.webui_url}), flush=True)
+# Named, since this machine may have another Ray.
+api = f"http://{cluster.webui_url}"
+def at_work(what):
+    while True:
+        actors = list_actors(api, filters=[("state", "=", "ALIVE")], limit=1000)
+        tasks = list_tasks(api, filters=[("state", "=", "RUNNING"), ("name", "=", what)])
+        nodes = [a.node_id for a in actors if what in a.class_name] + [t.node_id for t in tasks if t.node_id]
+        if nodes:
+            return nodes[0]
+        time.sleep(0.2)
 for line in sys.stdin:
-    if line.startswith("warn"):
-        # The node of the training's rank is about to be taken away, as a spot machine is.
-        actors = list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
-        doomed = next(actor.node_id for actor in actors if "TrainWorker" in actor.class_name)
+    action, _, what = line.strip().partition(" ")
+    if action == "warn":
+        # A node is about to be taken away, as a spot machine is.
+        doomed = at_work(what)
         ends = int(time.time() * 1000) + 60_000
         GcsClient(cluster.address).drain_node(doomed, 2, "the spot price rose", ends)
+    elif action == "retried":
+        assert any(task.attempt_number for task in list_tasks(api, filters=[("name", "=", what)]))
     else:
-        cluster.remove_node(workers.pop(doomed), allow_graceful=False)
+        cluster.remove_node(workers.pop(at_work(what) if what else doomed), allow_graceful=False)
+        add()
     print("done", flush=True)
 ray.shutdown()
 cluster.shutdown()
@@ -135,7 +152,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     (folder / ".env").write_text("KEY=the-value-in-dot-env\n")
     (folder / ".rayignore").write_text("out/\n")
-    ports = free_ports(4)
+    ports = free_ports(7)
     token = secrets.token_hex(32)
     environment = {
         **os.environ,
@@ -169,10 +186,10 @@ def site(tmp_path: Path) -> Iterator[Site]:
         process.wait(timeout=60)
 
 
-def wait_for(path: Path, text: str, timeout_s: float = 180) -> None:
-    """Wait until a file holds a text."""
+def wait_for(path: Path, text: str, times: int = 1, timeout_s: float = 180) -> None:
+    """Wait until a file holds a text so many times."""
     deadline = time.monotonic() + timeout_s
-    while not (path.exists() and text in path.read_text()):
+    while not (path.exists() and path.read_text().count(text) >= times):
         assert time.monotonic() < deadline, f"{text} did not come into {path}"
         time.sleep(0.2)
 
@@ -202,18 +219,27 @@ def test_a_run_from_a_laptop(site: Site, tmp_path: Path) -> None:
     scored = len(list((site.folder / "out" / "cache" / "manifest").iterdir()))
     assert scored >= 1
 
-    # Resubmitted: nothing is scored twice. The trainer's node is about to go, so it writes a checkpoint; the node goes,
-    # and the training resumes on what is left.
+    # Resubmitted: nothing is scored twice. Each stage loses the node that it works on. That of the training is about to
+    # go, so it writes a checkpoint; the node goes, and the training resumes elsewhere.
+    started = events.read_text().count('"replica_started"')
     third = site.submit("--env", "DB_PASSWORD")
+    wait_for(events, '"replica_started"', times=started + 1)
+    site.tell("take Rank")
     wait_for(site.folder / "out" / "run" / "metrics.jsonl", '"step"')
-    site.tell("warn")
+    assert '"replica_lost"' in events.read_text()
+    site.tell("warn TrainWorker")
     wait_for(events, '"node_warned"')
     wait_for_folder(site.folder / "out" / "run" / "checkpoints" / "student", "checkpoint_*/*")
     site.tell("take")
+    wait_for(events, '"stage": "evaluate"')
+    site.tell("take score_models")
     text = third.communicate(timeout=400)[0]
     assert third.returncode == 0, text[-3000:]
     assert "SUCCEEDED" in text and "exit code 0" in text
     assert "correct-horse-battery" not in left + told + text
+    # A node is given up after some missed heartbeats; the evaluation was over before.
+    assert events.read_text().count('"node_lost"') >= 2
+    site.tell("retried score_models")
 
     same_as_on_one_machine(site)
     told_in_the_report(site)
