@@ -28,6 +28,8 @@ _LOCAL_ENVIRONMENT = {
     # Ray Train's controller looks at its workers this often; the default of 2 s delays every start and end.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # Nobody takes this machine away with a warning; the watcher is a process whose imports delay the ranks' own.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
 }
