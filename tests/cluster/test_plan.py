@@ -1,13 +1,18 @@
 """The plan's figures: what is counted, what is assumed, what is said to be unknown."""
 
+from pathlib import Path
+
 import pytest
 
+from cluster import commands
 from cluster.estimate import bytes_per_token
 from cluster.plan import make_plan
 from cluster.rates import Rates, measured_rates
 from cluster.rundir import RunDir
 from cluster.selection import capture_rows, heldout_rows
+from cluster.terminal import Terminal
 from storage.config import CacheConfig
+from storage.errors import InputError
 from tests.cluster.conftest import World
 
 
@@ -56,6 +61,19 @@ def test_a_finished_run_tells_rates_and_the_time_around_the_work(world: World) -
     assert stages["capture"]["hours"] * 3600 == pytest.approx(plan.missing_tokens / 100 + 10)
     assert stages["train"]["hours"] * 3600 == pytest.approx(stages["train"]["tokens"] / 20 + 2 * 10)
     assert stages["evaluate"]["hours"] * 3600 == pytest.approx(stages["evaluate"]["tokens"] / 200)
+
+
+def test_rates_are_taken_from_a_run_alone(world: World, tmp_path: Path) -> None:
+    earlier = RunDir(tmp_path / "earlier")
+    earlier.write_config(world.config)
+    earlier.finish("capture", "k", {"last": {"tokens_per_s": 100.0}})
+    out = Terminal(True, False)
+    found = commands.plan(out, world.config_path, [], str(world.run_dir), like=earlier.url)
+    assert found["tokens_per_s"] == 100
+    found = commands.plan(out, world.config_path, [], str(world.run_dir), capture_rate=7.0, like=earlier.url)
+    assert found["tokens_per_s"] == 7
+    with pytest.raises(InputError, match=r"--like .*nowhere is no run directory: it holds no config.resolved.yaml"):
+        commands.plan(out, world.config_path, [], str(world.run_dir), like=str(tmp_path / "nowhere"))
 
 
 def test_bytes_are_those_of_datasets_of_the_quickstarts_teacher() -> None:
