@@ -24,6 +24,7 @@ from storage.writer import DatasetWriter
 from workers.config import TeacherConfig
 from workers.local.base_rank import RankPlace
 from workers.local.rank import CaptureJob, Rank, Scored
+from workers.resources import Machines
 from workers.units import WorkUnit
 
 TOP_K = 4
@@ -172,5 +173,5 @@ def light_capture(
         light_identity(vocab_size),
         on_event=on_event,
         rank_class=LightRank,
-        may_grow=may_grow,
+        machines=Machines(may_grow=may_grow),
     )

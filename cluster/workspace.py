@@ -9,6 +9,7 @@ from typing import Any
 
 from cluster.config import RunConfig
 from cluster.nodes import node_watch
+from cluster.pricing import price_of_replica
 from cluster.progress import Progress, Shown
 from cluster.ray_session import RaySession, ray_session
 from cluster.rundir import RunDir
@@ -16,6 +17,7 @@ from storage.identity import DatasetIdentity
 from storage.sample_set import SampleSet
 from storage.tokenizer import Tokenizer
 from workers.model_folder import is_hub_name
+from workers.resources import Machines
 
 
 @dataclass
@@ -66,6 +68,12 @@ class Workspace:
         """Return the labels that nodes of a stage must carry; a Ray of one machine has none, and runs everything."""
         cluster = self.config.cluster
         return {} if cluster.joins is None else cluster.labels(stage)
+
+    def machines(self, task: Shown) -> Machines:
+        """Return where the ranks of a local teacher run; starts Ray."""
+        session, cluster = self.ray(task), self.config.cluster
+        price = price_of_replica(cluster, self.config.teacher.ranks)
+        return Machines(session.device, self.labels("capture"), not session.local, price)
 
     def ray(self, task: Shown) -> RaySession:
         """Return a running Ray, started at the first call and kept until `close_ray`; `task` says so meanwhile."""

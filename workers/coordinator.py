@@ -4,7 +4,7 @@ The manifests are the only durable state: the coordinator may die at any moment,
 is missing. Work in flight is bounded; nothing bigger than a receipt comes through here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from workers.local_fleet import local_loop
 from workers.loop import OnEvent, brief
 from workers.metrics import FleetMetrics
 from workers.model_folder import model_facts
+from workers.resources import ANY_CPU, Machines
 from workers.result import CaptureResult
 from workers.units import WorkUnit
 from workers.work import plan_work
@@ -32,23 +33,17 @@ def capture(
     samples: SampleSet,
     rows: Sequence[int] | Int64Array,
     identity: DatasetIdentity,
-    device: str = "cpu",
+    machines: Machines = ANY_CPU,
     on_event: OnEvent | None = None,
-    price_per_hour: float = 0.0,
     rank_class: type[Rank] = Rank,
-    may_grow: bool = False,
-    labels: Mapping[str, str] | None = None,
 ) -> CaptureResult:
     """Score the samples at `rows` that the dataset lacks; Ray must be running.
 
     Args:
-        device: `cpu` or `gpu`, what each rank runs on.
+        machines: where the ranks run.
         on_event: called in this process with `{event: …}` dicts: `single_writer`, `units_planned`, and those of
             `workers.loop`.
-        price_per_hour: of one replica's machines, for the cost of idle time.
         rank_class: the actor class of a rank; another one may score in another way.
-        may_grow: whether Ray is a cluster that an autoscaler may add nodes to.
-        labels: what the nodes of the ranks must carry.
 
     Raises:
         InputError: the model, the dataset or a setting is wrong, or no node can hold a rank.
@@ -72,9 +67,7 @@ def capture(
             return result.add(unit, receipt)
 
         units = work.in_any_order()
-        loop = local_loop(
-            units, work.units.tokens, teacher, job, rank_class, device, tell, on_done, price_per_hour, may_grow, labels
-        )
+        loop = local_loop(units, work.units.tokens, teacher, job, rank_class, machines, tell, on_done)
         try:
             result.run(loop, work.refused.reasons)
         except LecternError:

@@ -21,7 +21,7 @@ from workers.config import TeacherConfig
 from workers.local.base_rank import BaseRank, BatchTooLargeError, RankPlace
 from workers.policy import FailureKind, FleetPolicy, ReplicaKind
 from workers.replica import Done, Failed, Lost, News, Placed, Post, Ready, Seen, Unit
-from workers.resources import describe
+from workers.resources import Machines, describe
 
 SIDE_WORK = {"beat": 1, "commit": 1}
 """Methods of a rank that run beside scoring, one thread each: answers to heartbeats; encoding and upload."""
@@ -216,14 +216,14 @@ class LocalReplicas:
         return watched
 
 
-def local_kind(teacher: TeacherConfig, device: str, price_per_hour: float = 0.0) -> ReplicaKind:
+def local_kind(teacher: TeacherConfig, machines: Machines) -> ReplicaKind:
     """Return what the fleet needs to know of a local teacher's replicas."""
     return ReplicaKind(
         name="local",
-        needs=describe(rank_bundle(device), teacher.ranks),
+        needs=describe(rank_bundle(machines.torch_device), teacher.ranks),
         min=teacher.replicas.min,
         max=teacher.replicas.max,
-        price_per_hour=price_per_hour,
+        price_per_hour=machines.price_per_hour,
     )
 
 

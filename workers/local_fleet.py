@@ -1,6 +1,6 @@
 """The loop of a fleet of local replicas, whatever their ranks do with units."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from workers.config import TeacherConfig
@@ -8,12 +8,7 @@ from workers.fleet import Job, LocalReplicas, fleet_policy, local_kind, rank_bun
 from workers.local.base_rank import BaseRank
 from workers.loop import FleetLoop, OnEvent
 from workers.replica import UnitT
-from workers.resources import autoscaler_refuses, free_resources, placement_strategy
-
-
-def rank_device(device: str) -> str:
-    """Return what torch calls the device of a run, `cpu` or `gpu`."""
-    return "cuda" if device in {"gpu", "cuda"} else "cpu"
+from workers.resources import Machines, autoscaler_refuses, free_resources, placement_strategy
 
 
 def local_loop(
@@ -22,29 +17,35 @@ def local_loop(
     teacher: TeacherConfig,
     job: Job,
     rank_class: type[BaseRank],
-    device: str,
+    machines: Machines,
     notify: OnEvent,
     on_done: Callable[[UnitT, Any], dict[str, Any]],
-    price_per_hour: float,
-    may_grow: bool,
-    labels: Mapping[str, str] | None,
 ) -> FleetLoop[UnitT]:
     """Return the loop over units of `num_tokens` tokens in all; arguments as of `FleetLoop` and `coordinator.capture`.
 
     Raises:
         InputError: no node can hold a rank.
     """
-    on_device = rank_device(device)
-    bundle = rank_bundle(on_device)
-    strategy = placement_strategy(bundle, teacher.ranks, may_grow=may_grow)
     return FleetLoop(
         units,
         num_tokens,
-        [local_kind(teacher, on_device, price_per_hour)],
-        LocalReplicas(job, on_device, strategy, rank_class, labels).make,
+        [local_kind(teacher, machines)],
+        local_replicas(job, teacher, machines, rank_class).make,
         fleet_policy(teacher),
         notify,
         on_done,
         why_waiting=free_resources,
-        hopeless=lambda kind: may_grow and autoscaler_refuses(bundle),
+        hopeless=lambda kind: never_comes(machines),
     )
+
+
+def local_replicas(job: Job, teacher: TeacherConfig, machines: Machines, rank_class: type[BaseRank]) -> LocalReplicas:
+    """Return what makes replicas on these machines; InputError when no node can hold a rank."""
+    device = machines.torch_device
+    strategy = placement_strategy(rank_bundle(device), teacher.ranks, may_grow=machines.may_grow)
+    return LocalReplicas(job, device, strategy, rank_class, machines.labels)
+
+
+def never_comes(machines: Machines) -> bool:
+    """Tell whether the cluster has found that it can add no node for a rank."""
+    return machines.may_grow and autoscaler_refuses(rank_bundle(machines.torch_device))

@@ -5,7 +5,7 @@ one takes what the first has no room for. What the endpoint leaves undone, becau
 the local replicas do in the end.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,15 @@ from workers.api.capture import ApiCaptureResult, ApiReplica, api_kind, spending
 from workers.api.scoring import ScoringMethod
 from workers.config import TeacherConfig
 from workers.coordinator import capture
-from workers.fleet import LocalReplicas, fleet_policy, local_kind, rank_bundle
+from workers.fleet import LocalReplicas, fleet_policy, local_kind
 from workers.ledger.ledger import Budget
 from workers.local.rank import CaptureJob, Rank
-from workers.local_fleet import rank_device
+from workers.local_fleet import local_replicas, never_comes
 from workers.loop import FleetLoop, OnEvent
 from workers.model_folder import model_facts
 from workers.policy import ReplicaKind
 from workers.replica import Post, Replica
-from workers.resources import free_resources, placement_strategy
+from workers.resources import Machines, free_resources
 from workers.units import WorkUnit
 from workers.work import Work, plan_work
 
@@ -44,17 +44,14 @@ def capture_mixed(
     method: ScoringMethod,
     ledger_url: str,
     budget: Budget,
-    device: str,
+    machines: Machines,
     on_event: OnEvent,
-    price_per_hour: float = 0.0,
     tokens_per_s: float | None = None,
-    may_grow: bool = False,
-    labels: Mapping[str, str] | None = None,
 ) -> ApiCaptureResult:
     """Score the samples at `rows` that the dataset lacks, here and through an endpoint; Ray must be running.
 
-    `tokens_per_s` is a local replica's rate, where one is known: with `price_per_hour` it says what a token costs here.
-    Otherwise as `workers.coordinator.capture` and `workers.api.capture.capture_api`.
+    `tokens_per_s` is a local replica's rate, where one is known: with the machines' price it says what a token costs
+    here. Otherwise as `workers.coordinator.capture` and `workers.api.capture.capture_api`.
 
     Raises:
         InputError: model, endpoint, dataset or a setting is wrong.
@@ -66,26 +63,12 @@ def capture_mixed(
         if len(work.units):
             local = CaptureJob(teacher, model_folder, samples.url, cache.url, identity)
             api = ApiJob(teacher, samples.url, cache.url, identity, method, cache.retry_refused)
-            on_device = rank_device(device)
-            kinds = mixed_kinds(teacher, on_device, price_per_hour, tokens_per_s)
-            strategy = placement_strategy(rank_bundle(on_device), teacher.ranks, may_grow=may_grow)
-            here = LocalReplicas(local, on_device, strategy, Rank, labels)
-            _run(work, result, here, api, kinds, ledger_url, budget, on_event)
+            here = local_replicas(local, teacher, machines, Rank)
+            kinds = mixed_kinds(teacher, machines, tokens_per_s)
+            _run(work, result, here, api, kinds, machines, ledger_url, budget, on_event)
     if result.stopped is None and not result.unanswered:
         return result
-    rest = capture(
-        teacher,
-        cache,
-        model_folder,
-        samples,
-        rows,
-        identity,
-        device,
-        on_event,
-        price_per_hour,
-        may_grow=may_grow,
-        labels=labels,
-    )
+    rest = capture(teacher, cache, model_folder, samples, rows, identity, machines, on_event)
     result.scored_samples += rest.scored_samples
     result.tokens += rest.tokens
     result.failed_units += rest.failed_units
@@ -94,13 +77,11 @@ def capture_mixed(
     return result
 
 
-def mixed_kinds(
-    teacher: TeacherConfig, device: str, price_per_hour: float, tokens_per_s: float | None
-) -> list[ReplicaKind]:
+def mixed_kinds(teacher: TeacherConfig, machines: Machines, tokens_per_s: float | None) -> list[ReplicaKind]:
     """Return the two kinds of replicas with what a token costs on each; a local one is free while that is unknown."""
-    here = price_per_hour / 3600 / tokens_per_s if tokens_per_s else 0.0
+    here = machines.price_per_hour / 3600 / tokens_per_s if tokens_per_s else 0.0
     return [
-        replace(local_kind(teacher, device, price_per_hour), cost_per_token=here),
+        replace(local_kind(teacher, machines), cost_per_token=here),
         replace(api_kind(teacher), max=1),
     ]
 
@@ -111,6 +92,7 @@ def _run(
     here: LocalReplicas,
     api: ApiJob,
     kinds: Sequence[ReplicaKind],
+    machines: Machines,
     ledger_url: str,
     budget: Budget,
     on_event: OnEvent,
@@ -136,5 +118,6 @@ def _run(
             on_event,
             on_done,
             why_waiting=free_resources,
+            hopeless=lambda kind: kind.name != "api" and never_comes(machines),
         )
         result.run(loop, work.refused.reasons)

@@ -19,6 +19,7 @@ from storage.sample_set import SampleSet
 from storage.samples import Int64Array
 from workers.config import TeacherConfig
 from workers.loop import OnEvent
+from workers.resources import ANY_CPU, Machines
 from workers.scratch import score_aside
 
 FIT_POSITIONS = 16_384
@@ -41,9 +42,8 @@ def fit_teacher_projection(
     samples: SampleSet,
     rows: Sequence[int] | Int64Array,
     identity: DatasetIdentity,
-    device: str = "cpu",
+    machines: Machines = ANY_CPU,
     on_event: OnEvent | None = None,
-    may_grow: bool = False,
 ) -> DatasetIdentity:
     """Fit and keep the projection that `identity` asks for; returns the identity with its digest. Ray must be running.
 
@@ -59,7 +59,7 @@ def fit_teacher_projection(
     whole = CaptureIdentity(kind="text", hidden=identity.capture.hidden, hidden_dtype="float32")
     chosen = fitting_rows(samples, rows, max(FIT_POSITIONS, 4 * width))
     own = identity.model_copy(update={"capture": whole})
-    targets = score_aside(teacher, cache, model_folder, samples, chosen, own, scratch.url, device, on_event, may_grow)
+    targets = score_aside(teacher, cache, model_folder, samples, chosen, own, scratch.url, machines, on_event)
     projection = fit_projection({name: read_states(states) for name, states in targets.hidden.items()}, width)
     digest = save_projection(store, projection)
     return identity.model_copy(update={"capture": identity.capture.model_copy(update={"projection": digest})})

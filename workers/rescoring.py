@@ -18,6 +18,7 @@ from storage.samples import Int64Array
 from storage.targets import TargetBatch
 from workers.config import TeacherConfig
 from workers.loop import OnEvent
+from workers.resources import ANY_CPU, Machines
 from workers.scratch import clear, score_aside
 
 BOUND = 0.05
@@ -74,10 +75,9 @@ def rescore(
     rows: Int64Array,
     dataset: Dataset,
     scratch_url: str,
-    device: str = "cpu",
+    machines: Machines = ANY_CPU,
     on_event: OnEvent | None = None,
     bound: float = BOUND,
-    may_grow: bool = False,
 ) -> Rescoring:
     """Score `rows` twice into datasets below `scratch_url`, which are deleted, and compare. Ray must be running.
 
@@ -89,9 +89,7 @@ def rescore(
     batches = []
     for name, how in (("again", teacher), ("control", halved)):
         url = f"{scratch_url.rstrip('/')}/{name}"
-        batches.append(
-            _score(how, cache, model_folder, samples, rows, dataset.identity, url, device, on_event, may_grow)
-        )
+        batches.append(_score(how, cache, model_folder, samples, rows, dataset.identity, url, machines, on_event))
     kind = dataset.identity.capture.kind
     difference, control = compare(stored, batches[0], kind), compare(batches[0], batches[1], kind)
     return Rescoring(len(rows), difference, control, bound)
@@ -105,9 +103,8 @@ def _score(
     rows: Int64Array,
     identity: DatasetIdentity,
     url: str,
-    device: str,
+    machines: Machines,
     on_event: OnEvent | None,
-    may_grow: bool,
 ) -> TargetBatch:
     """Score rows into a dataset of their own, without hidden states, and read them back."""
     kept = identity.capture
@@ -116,4 +113,4 @@ def _score(
     )
     own = identity.model_copy(update={"capture": entries})
     clear(Store(url))
-    return score_aside(teacher, cache, model_folder, samples, rows, own, url, device, on_event, may_grow)
+    return score_aside(teacher, cache, model_folder, samples, rows, own, url, machines, on_event)

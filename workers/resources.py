@@ -1,12 +1,35 @@
 """What a cluster can give: by its nodes now, and by the node types that its autoscaler may add."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from storage.errors import InputError
 
 _SHOWN = ("CPU", "GPU")
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Where the ranks of local replicas run."""
+
+    device: str = "cpu"
+    """`cpu` or `gpu`, what each rank runs on."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What the nodes must carry."""
+    may_grow: bool = False
+    """Whether Ray is a cluster that an autoscaler may add nodes to."""
+    price_per_hour: float = 0.0
+    """Of one replica, for the cost of idle time."""
+
+    @property
+    def torch_device(self) -> str:
+        """What torch calls the device."""
+        return "cuda" if self.device == "gpu" else "cpu"
+
+
+ANY_CPU = Machines()
+"""CPUs of any node that is there."""
 
 
 @dataclass(frozen=True)

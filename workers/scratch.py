@@ -14,6 +14,7 @@ from storage.targets import TargetBatch
 from workers.config import TeacherConfig
 from workers.coordinator import capture
 from workers.loop import OnEvent
+from workers.resources import Machines
 
 
 def score_aside(
@@ -24,14 +25,13 @@ def score_aside(
     rows: Sequence[int] | Int64Array,
     identity: DatasetIdentity,
     url: str,
-    device: str,
+    machines: Machines,
     on_event: OnEvent | None,
-    may_grow: bool,
 ) -> TargetBatch:
     """Return the targets of `rows` under `identity`, scored into a dataset at `url`. Ray must be running.
 
-    What an interrupted call left there is used; `clear` it first where it must not be. The last three arguments are
-    those of `capture`.
+    What an interrupted call left there is used; `clear` it first where it must not be. The last two arguments
+    are those of `capture`.
 
     Raises:
         WorkerError: the samples could not be scored.
@@ -40,7 +40,7 @@ def score_aside(
     # Other datasets of the run may hold these samples: they are asked of this teacher all the same.
     own = cache.model_copy(update={"url": store.url, "also": [], "most_refused": 0.0})
     try:
-        result = capture(teacher, own, model_folder, samples, rows, identity, device, on_event, may_grow=may_grow)
+        result = capture(teacher, own, model_folder, samples, rows, identity, machines, on_event)
         if result.failed_units:
             raise WorkerError(f"the samples could not be scored: {result.failed_units[0]['error']}")
         return Dataset.open(store.url, identity).read(samples.ids(rows))[1]

@@ -27,7 +27,6 @@ def against_teacher(
         teacher(work)
         dataset = open_dataset(work)
         with work.progress.task("Scoring again", "tokens") as task:
-            session = work.ray(task)
             from workers.rescoring import BOUND, chosen_rows, rescore
 
             rows = chosen_rows(
@@ -49,10 +48,9 @@ def against_teacher(
                 rows,
                 dataset,
                 run.path(_SCRATCH),
-                session.device,
+                work.machines(task),
                 on_event,
                 BOUND if bound is None else bound,
-                may_grow=not session.local,
             )
         work.run.event("verified_against_teacher", **found.to_json())
     return found.to_json()

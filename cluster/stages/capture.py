@@ -9,9 +9,7 @@ from typing import Any
 from cluster.budget import standing_text
 from cluster.checks import check_dataset
 from cluster.figures import count
-from cluster.pricing import price_of_replica
 from cluster.progress import Shown
-from cluster.ray_session import RaySession
 from cluster.selection import capture_rows
 from cluster.stages.capture_api import score_api
 from cluster.workspace import Workspace
@@ -25,6 +23,7 @@ from storage.samples import Int64Array
 from storage.shard_source import Reading
 from storage.union import open_existing
 from workers.ledger.ledger import Standing
+from workers.resources import Machines
 from workers.work import Lacking, check_refused, lacking
 
 FLEET_EVERY_S = 30.0
@@ -120,13 +119,13 @@ def open_dataset(work: Workspace) -> Dataset:
 def _score(work: Workspace, rows: Int64Array, task: Shown) -> dict[str, Any]:
     if work.config.teacher.kind != "local":
         return score_api(work, rows, task, _Follower(work, task).on_event)
-    session = work.ray(task)
+    machines = work.machines(task)
     from workers.coordinator import capture as score_missing
 
     follower = _Follower(work, task)
     config = work.config
     if work.identity.capture.hidden_projection and not work.identity.capture.projection:
-        _fit_projection(work, rows, session, task, follower)
+        _fit_projection(work, rows, machines, task, follower)
     found = score_missing(
         config.teacher,
         config.cache,
@@ -134,11 +133,8 @@ def _score(work: Workspace, rows: Int64Array, task: Shown) -> dict[str, Any]:
         work.samples,
         rows,
         work.identity,
-        session.device,
+        machines,
         follower.on_event,
-        price_of_replica(config.cluster, config.teacher.ranks),
-        may_grow=not session.local,
-        labels=work.labels("capture"),
     )
     rates = {key: round(getattr(found, key), 4) for key in _RATES}
     return {
@@ -148,7 +144,7 @@ def _score(work: Workspace, rows: Int64Array, task: Shown) -> dict[str, Any]:
     }
 
 
-def _fit_projection(work: Workspace, rows: Int64Array, session: RaySession, task: Shown, follower: "_Follower") -> None:
+def _fit_projection(work: Workspace, rows: Int64Array, machines: Machines, task: Shown, follower: "_Follower") -> None:
     """Fit the projection of the hidden states, which completes the dataset's identity."""
     from workers.projection import fit_teacher_projection
 
@@ -161,9 +157,8 @@ def _fit_projection(work: Workspace, rows: Int64Array, session: RaySession, task
         work.samples,
         rows,
         work.identity,
-        session.device,
+        machines,
         follower.on_event,
-        may_grow=not session.local,
     )
     facts = work.run.result("teacher") or {}
     work.run.finish("teacher", work.identity.fingerprint, {**facts, "fingerprint": work.identity.fingerprint})

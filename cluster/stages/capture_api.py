@@ -43,7 +43,6 @@ def score_api(work: Workspace, rows: Int64Array, task: Shown, on_event: OnEvent)
             "kept completions and cache.kind: text, or, where it gives log-probabilities of its own tokens, with "
             "generate.logprobs set, tokens_field: tokens in the source, and cache.kind: topk"
         )
-    session = work.ray(task)
     if config.teacher.kind == "mixed":
         from workers.mixed import capture_mixed
 
@@ -58,14 +57,12 @@ def score_api(work: Workspace, rows: Int64Array, task: Shown, on_event: OnEvent)
                 found.scoring,
                 ledger_store(config).url,
                 budget_of(config, work.run),
-                session.device,
+                work.machines(task),
                 on_event,
-                config.cluster.price_per_hour,
                 ((work.run.result("capture") or {}).get("last") or {}).get("tokens_per_s"),
-                may_grow=not session.local,
-                labels=work.labels("capture"),
             )
         )
+    work.ray(task)
     from workers.api.capture import capture_api
 
     result = capture_api(

@@ -76,7 +76,6 @@ def _teacher_folder(config: RunConfig, task: Shown) -> Path:
 
 def _write(work: Workspace, plan: WritingPlan, folder: Path, kept: Store, task: Shown) -> WritingResult:
     work.model_folder = folder
-    session = work.ray(task)
     config, done = work.config, plan.wanted - plan.missing
     task.start_from(done, plan.wanted)
 
@@ -97,9 +96,6 @@ def _write(work: Workspace, plan: WritingPlan, folder: Path, kept: Store, task: 
         config.generate,
         folder,
         kept.url,
-        session.device,
+        work.machines(task),
         on_event,
-        config.cluster.price_per_hour,
-        may_grow=not session.local,
-        labels=work.labels("capture"),
     )

@@ -18,6 +18,7 @@ from workers.config import TeacherConfig
 from workers.dispatch import Dispatcher
 from workers.mixed import mixed_kinds
 from workers.policy import FleetPolicy
+from workers.resources import Machines
 
 
 def lectern(world: World, command: str, *arguments: str) -> Any:
@@ -78,9 +79,9 @@ def test_the_cheaper_kind_is_filled_first() -> None:
         {"kind": "mixed", "api": {"prices": {"input": 1.0, "output": 2.0}}, "replicas": 2}
     )
     for price, rate, first in ((0.0, 100.0, "local"), (3.6, 10_000.0, "local"), (36.0, 1_000.0, "api")):
-        kinds = mixed_kinds(teacher, "cpu", price, rate)
+        kinds = mixed_kinds(teacher, Machines(price_per_hour=price), rate)
         assert Dispatcher([], 0, kinds, FleetPolicy()).kinds[0].name == first, (price, rate)
-    assert [kind.max for kind in mixed_kinds(teacher, "cpu", 0.0, None)] == [2, 1]
+    assert [kind.max for kind in mixed_kinds(teacher, Machines(), None)] == [2, 1]
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def run_capture(
 ) -> tuple[CaptureResult, DatasetIdentity]:
     identity = teacher_identity(folder, teacher, cache, run.tokenizer, uses_chat_template=False)
     rows = run.samples.rows()
-    return capture(teacher, cache, folder, run.samples, rows, identity, "cpu", on_event), identity
+    return capture(teacher, cache, folder, run.samples, rows, identity, on_event=on_event), identity
 
 
 def stored(run: TinyRun, cache: CacheConfig, identity: DatasetIdentity) -> TargetBatch:

@@ -1,6 +1,6 @@
 """Has a fleet of local replicas write the completions that are not on disk yet. The driver's side; no torch."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -16,6 +16,7 @@ from workers.api.prompts import Prompt, prompt_ids
 from workers.config import TeacherConfig
 from workers.local.writing_rank import WritingJob, WritingRank, WritingReceipt, WritingUnit
 from workers.loop import OnEvent, brief
+from workers.resources import Machines
 
 
 class WritingPlan(Sequence[WritingUnit]):
@@ -107,15 +108,12 @@ def write_missing(
     config: GenerateConfig,
     model_folder: Path,
     answers_url: str,
-    device: str,
+    machines: Machines,
     on_event: OnEvent,
-    price_per_hour: float = 0.0,
-    may_grow: bool = False,
-    labels: Mapping[str, str] | None = None,
 ) -> WritingResult:
     """Write what is planned; Ray must be running. Each unit is on disk, below `answers_url`, when it is done.
 
-    Events are those of `workers.loop`; `labels` are what the nodes of the ranks must carry.
+    Events are those of `workers.loop`.
 
     Raises:
         InputError: the model or a setting is wrong, or no node can hold a rank.
@@ -127,9 +125,7 @@ def write_missing(
 
     result = WritingResult()
     job = WritingJob(teacher, config, model_folder, answers_url)
-    loop = local_loop(
-        plan, plan.tokens, teacher, job, WritingRank, device, on_event, result.add, price_per_hour, may_grow, labels
-    )
+    loop = local_loop(plan, plan.tokens, teacher, job, WritingRank, machines, on_event, result.add)
     try:
         loop.run()
     except LecternError:
