@@ -79,6 +79,9 @@ class TrainConfig(Settings):
     none: always `workers`."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
+    offload: Literal["optimizer", "parameters"] | None = added(None)
+    """Host memory holds the optimizer's state and master weights, and does its step (`optimizer`, ZeRO 1 to 3), or the
+    parameters as well (`parameters`, ZeRO 3): slower steps of larger students. None: all stays on the accelerator."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the forward and backward pass; `auto` is bfloat16 where the machine computes it natively, else
     float32."""
@@ -136,6 +139,12 @@ class TrainConfig(Settings):
             )
         if max(both_ends(self.learning_rate)) <= 0:
             raise ValueError("train.learning_rate is 0 throughout; give its schedule a positive start")
+        least_stage = {None: 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < least_stage:
+            raise ValueError(
+                f"train.offload {self.offload} is a part of ZeRO {least_stage} and above, and train.zero_stage is "
+                f"{self.zero_stage}; set train.zero_stage: {max(least_stage, 2)}"
+            )
         if self.ewc is not None and self.zero_stage == 3:
             raise ValueError(
                 "train.ewc compares whole parameters, which ZeRO 3 takes apart; use train.zero_stage 2 or less, or "

@@ -55,7 +55,15 @@ def deepspeed_config(train: TrainConfig, world_size: int, universal: bool = Fals
         "gradient_accumulation_steps": accumulation_steps(train, world_size),
         "gradient_clipping": train.clip_norm,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": train.zero_stage, "overlap_comm": False, "contiguous_gradients": True},
+        "zero_optimization": {
+            "stage": train.zero_stage,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            **({"offload_optimizer": {"device": "cpu"}} if train.offload else {}),
+            **({"offload_param": {"device": "cpu"}} if train.offload == "parameters" else {}),
+        },
+        # torch's AdamW steps in host memory just as well, without a compiler.
+        "zero_force_ds_cpu_optimizer": False,
         "communication_data_type": "fp32",
         "steps_per_print": 1 << 60,
         "checkpoint": {"load_universal": universal},

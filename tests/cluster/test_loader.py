@@ -76,6 +76,10 @@ def test_an_override_creates_a_section_that_the_file_leaves_out(path: str) -> No
         (["train.steps=many"], "train.steps = 'many': must be a whole number"),
         (["train.steps=0"], "train.steps = 0: must be greater than or equal to 1"),
         (["cache.kind=most"], "cache.kind = 'most': must be 'topk', 'hybrid', 'sampled', 'dense' or 'text'"),
+        (
+            ["train.offload=parameters"],
+            "is a part of ZeRO 3 and above, and train.zero_stage is 2; set train.zero_stage: 3",
+        ),
         (["train.global_batch_size=7"], "does not split into workers 2 × micro_batch_size 4; use a multiple of 8"),
         (["cache=3"], "cache = 3: must be a section with keys of its own"),
         (["cache.url=null"], "cache.url = None: must be text"),

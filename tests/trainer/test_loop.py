@@ -65,6 +65,15 @@ def test_any_split_and_stage_gives_the_same_curve(
     np.testing.assert_allclose(weights(tmp_path), weights(unsplit), atol=2e-5)
 
 
+@pytest.mark.parametrize(("stage", "offload"), [(2, "optimizer"), (3, "parameters")])
+def test_what_host_memory_holds_changes_no_number(
+    hidden_run: TinyRun, unsplit: Path, tmp_path: Path, stage: int, offload: str
+) -> None:
+    run_ranks(without_dropout(hidden_run, tmp_path, workers=2, micro_batch_size=4, zero_stage=stage, offload=offload))
+    np.testing.assert_allclose(curve(tmp_path), curve(unsplit), rtol=1e-5)
+    np.testing.assert_allclose(weights(tmp_path), weights(unsplit), atol=2e-5)
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_resumed_run_is_the_unbroken_one(hidden_run: TinyRun, tmp_path: Path, stage: int) -> None:
     train = {"workers": 2, "zero_stage": stage, "micro_batch_size": 2, "dtype": "bfloat16", **HIDDEN}
