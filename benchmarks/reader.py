@@ -11,7 +11,8 @@ Every measurement runs in a process of its own. `first_pass` is from opening to 
 kept from before (the system's page cache is warm); `next_passes` is the median of the passes after it. The same per
 second of the process's own CPU time, all its threads together, ends in `_cpu`: it holds on a busy machine too. A random
 order is another permutation of all samples in every pass, or the reader's own shuffle. `tokens` are those of the
-windows. The S3 server is moto's, in a process of its own.
+windows. The S3 server is moto's, in a process of its own. The dataset is compacted, for the others have their index
+too.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 from reading.rows import identity, make_rows
 
+from storage.compaction import compact
 from storage.open_shard import num_bytes
 from storage.reader import Dataset
 from storage.shard_source import Reading
@@ -113,6 +115,7 @@ def _write_all(folder: Path, num_samples: int, readers: list[str]) -> dict[str, 
     writer = DatasetWriter.create(str(folder / "lectern"), identity())
     for n, unit in enumerate(units):
         writer.commit(f"u{n:04d}", *unit, attempt=1)
+    compact(writer.store, writer.info)
     (folder / "spec.json").write_text(json.dumps({"per_unit": PER_UNIT, "window_tokens": WINDOW_TOKENS}))
     for form in sorted(forms - {"lectern"}):
         compression = "zstd" if form.endswith("-zstd") else None

@@ -42,6 +42,15 @@ class Totals:
     """Per supervised token."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Located:
+    """Asked samples and where they lie: indices of the records, -1 where a sample is missing, and rows."""
+
+    sample_ids: SampleIds
+    units: NDArray[np.int32]
+    rows: NDArray[np.int32]
+
+
 class Dataset:
     """A dataset as it was when opened. Thread-safe; build a new one in each process from its URL."""
 
@@ -82,7 +91,13 @@ class Dataset:
 
     def read(self, sample_ids: SampleIds) -> Shard:
         """Return the asked samples and their targets, in the asked order; InputError when one is missing."""
-        units, rows = self.catalog.find(sample_ids)
+        return self._read(self._located(sample_ids))
+
+    def _located(self, sample_ids: SampleIds) -> "_Located":
+        return _Located(sample_ids, *self.catalog.find(sample_ids))
+
+    def _read(self, asked: "_Located") -> Shard:
+        sample_ids, units, rows = asked.sample_ids, asked.units, asked.rows
         absent = np.flatnonzero(units < 0)
         if len(absent):
             raise InputError(
@@ -100,7 +115,20 @@ class Dataset:
 
     def iterate(self, batches: Iterable[SampleIds]) -> Iterator[Shard]:
         """Yield `read` of each list of ids, in order, reading ahead within half of the memory that may be used."""
-        return read_ahead(self.read, batches, self._threads, self.reading.memory_bytes // 2)
+        coming: set[int] = set()
+
+        def at_hand(asked: _Located) -> bool:
+            late = {unit for unit in set(asked.units.tolist()) if not self._shards.holds(unit)} - coming
+            coming.update(late)
+            return not late
+
+        def read(asked: _Located) -> Shard:
+            try:
+                return self._read(asked)
+            finally:
+                coming.difference_update(asked.units.tolist())
+
+        return read_ahead(read, map(self._located, batches), self._threads, self.reading.memory_bytes // 2, at_hand)
 
     def _runs(self, units: NDArray[np.int32], rows: NDArray[np.int32]) -> list[Run]:
         """Return the asked rows in order."""

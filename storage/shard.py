@@ -30,7 +30,7 @@ def read_shard(
         _read_checked(store, record, verify_hash) if layers is None else RangeFile(store, record.data_key, record.bytes)
     )
     try:
-        table = from_parquet(raw, unwanted=_unwanted(layers))
+        table = from_parquet(raw, _unwanted(layers), hashed=verify_hash and layers is None)
         _check_metadata(table, record)
         shard = decode(table, layers)
         _check_rows(shard[0].sample_id, record)

@@ -203,7 +203,8 @@ def _read_entries(table: pa.Table, kind: str, _: SampleBatch) -> dict[str, Any]:
     counts, offsets = _flat(table, "target_count", None)
     count = counts.astype(np.int32)
     names = [name for name in table.column_names if name.startswith(draws_column(0))]
-    draws = np.stack([_flat(table, name, np.uint8)[0] for name in names]) if names else None
+    sets = [_flat(table, name, np.uint8)[0][None] for name in names]
+    draws = _joined(sets, np.uint8) if sets else None
     if kind == "sampled":
         if draws is None:
             raise ValueError("there are no draws")

@@ -23,6 +23,7 @@ from storage_faults import full_disk
 from storage.disk_cache import SUFFIX, DiskCache
 from storage.errors import IntegrityError
 from storage.identity import DatasetIdentity
+from storage.object_store import Store
 from storage.open_shard import OpenShard, Run, join, num_bytes, runs_of
 from storage.read_ahead import read_ahead
 from storage.reader import Dataset
@@ -373,3 +374,45 @@ def test_reading_ahead_keeps_to_its_bytes(make_identity: MakeIdentity, make_unit
         # The one just given, and three that wait; small batches let more of them wait until the largest is seen.
         assert len(taken) <= n + 1 + (3 if n >= 4 else 8)
     assert len(taken) == 50
+
+
+def test_batches_at_hand_are_read_when_they_are_taken(make_identity: MakeIdentity, make_unit: MakeUnit) -> None:
+    unit = make_unit(make_identity(), 4)
+    taken: list[int] = []
+    readers: dict[int, str] = {}
+
+    def numbers() -> Iterator[int]:
+        for n in range(200):
+            taken.append(n)
+            yield n
+
+    def read(n: int) -> Unit:
+        readers[n] = threading.current_thread().name
+        return unit[0].take([n % 4]), unit[1].take([n % 4])
+
+    here = threading.current_thread().name
+    for n, got in enumerate(read_ahead(read, numbers(), 2, 1 << 30, at_hand=lambda n: n % 5 != 0)):
+        assert got[0].ids() == [unit[0].ids()[n % 4]]
+        assert (readers[n] == here) == (n % 5 != 0)
+        assert [m for m in readers if m > n and m % 5] == []
+        # Those at hand take no memory before they are read: they are looked past for what is not.
+        assert n < 2 or len(taken) > min(n + 10, 199)
+        assert len(taken) <= n + 17
+    assert len(taken) == 200
+
+
+def test_a_remote_object_costs_one_request(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(s3_url)
+    store.write("some/key", b"value")
+    filesystem = store._backend.filesystem  # type: ignore[attr-defined]
+    calls: list[str] = []
+    call = filesystem._call_s3
+
+    async def counting(method: str, *args: Any, **kwargs: Any) -> Any:
+        calls.append(method)
+        return await call(method, *args, **kwargs)
+
+    monkeypatch.setattr(filesystem, "_call_s3", counting)
+    assert store.read("some/key") == b"value"
+    assert store.read_if_exists("some/other") is None
+    assert calls == ["get_object", "get_object"]
