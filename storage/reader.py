@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from threading import Lock
+from threading import Lock, current_thread
 from typing import Self
 
 import numpy as np
@@ -27,6 +27,7 @@ from storage.shard_source import DEFAULT_READING, Reading, ShardSource
 LOCAL_THREADS = 2
 REMOTE_THREADS = 8
 """Shards that are read side by side, memory permitting."""
+_LOADERS = "lectern-load"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Totals:
     """Of the data files."""
     bytes_per_token: float
     """Per supervised token."""
+
+
+def _end(pool: ThreadPoolExecutor) -> None:
+    """Wait for idle threads to end: a process that is forked meanwhile inherits the locks of Arrow's allocator."""
+    pool.shutdown(wait=not current_thread().name.startswith(_LOADERS))
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,8 +170,8 @@ class Dataset:
     def _loaders(self) -> ThreadPoolExecutor:
         with self._lock:
             if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="lectern-load")
-                weakref.finalize(self, self._pool.shutdown, wait=False)
+                self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix=_LOADERS)
+                weakref.finalize(self, _end, self._pool)
             return self._pool
 
     def totals(self) -> Totals:
