@@ -164,12 +164,22 @@ def show_result(out: Terminal, figures: dict[str, Any]) -> None:
     out.show(facts)
 
 
+SPECIAL = {"accuracy": ("accuracy", ".1%"), "chunk_gap": ("gap of a chunk", ".3f")}
+"""Figures that students of some sort alone have: column and format."""
+
+
 def _evaluation(evaluation: dict[str, Any]) -> Any:
     models = {name: evaluation[name] for name in ("teacher", "student", "baseline") if evaluation.get(name)}
     sources = list(next(iter(models.values()))["loss"])
-    accuracy = ["accuracy"] if any(entry.get("accuracy") is not None for entry in models.values()) else []
+    special = [key for key in SPECIAL if any(entry.get(key) is not None for entry in models.values())]
     per = " per byte" if next(iter(models.values())).get("unit") == "byte" else ""
-    columns = (*(f"loss {source}{per}" for source in sources), "KL to teacher", "top-1 agrees", "ECE", *accuracy)
+    columns = (
+        *(f"loss {source}{per}" for source in sources),
+        "KL to teacher",
+        "top-1 agrees",
+        "ECE",
+        *(SPECIAL[key][0] for key in special),
+    )
     table = _table("held-out", *columns)
     for name, entry in models.items():
         losses = (f"{entry['loss'][source]:.4f}" for source in sources)
@@ -179,7 +189,7 @@ def _evaluation(evaluation: dict[str, Any]) -> Any:
             _known(entry["kl_to_teacher"], ".4f"),
             _known(entry["top1_agreement"], ".1%"),
             _known(entry["ece"], ".4f"),
-            *(_known(entry.get(column), ".1%") for column in accuracy),
+            *(_known(entry.get(key), SPECIAL[key][1]) for key in special),
         )
     return table
 

@@ -1,7 +1,7 @@
 """From samples and targets in memory to the padded tensors of one forward pass."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -9,15 +9,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from storage.classes import ClassifierInputs, class_rows
+from storage.classes import ClassifierInputs
 from storage.draws import estimate
 from storage.errors import IntegrityError
 from storage.hidden import states_tensor
-from storage.parts import Part
-from storage.samples import NO_LABEL, BoolArray, Int32Array, Int64Array, SampleBatch, offsets_of
+from storage.samples import BoolArray, Int64Array, SampleBatch, offsets_of
 from storage.targets import TargetBatch
-from trainer.alignment import Aligner
-from trainer.losses import SparseTargets, first_choice
+from trainer.losses import SparseTargets
 from trainer.losses.across import AcrossTargets
 
 
@@ -63,120 +61,6 @@ class Batch:
         )
 
 
-def batch_of(
-    parts: Sequence[Part], layers: tuple[str, ...] = (), maps: tuple[str, ...] = (), aligner: Aligner | None = None
-) -> Batch:
-    """Return the batch of all samples of the parts, of one task, those of one dataset after those of another.
-
-    With an `aligner` it is in the student's tokens.
-    """
-    if aligner is not None:
-        return across_batch(parts, aligner, layers)
-    if parts[0].capture.task != "next_token":
-        return class_batch(parts)
-    return join_batches([make_batch(p.samples, p.targets, p.capture.kind, layers, maps) for p in parts])
-
-
-def across_batch(parts: Sequence[Part], aligner: Aligner, layers: tuple[str, ...] = ()) -> Batch:
-    """Return a batch in the student's tokens, with the teacher's targets laid over them."""
-    aligned = [aligner.align(part.samples.sample(n)) for part in parts for n in range(len(part.samples))]
-    samples = SampleBatch.of([one.sample for one in aligned])
-    layout = lay_out(samples)
-    theirs = [
-        sparse_targets(p.targets, p.samples.tokens[p.samples.supervised].astype(np.int64), p.capture.kind)
-        for p in parts
-    ]
-    chunks = offsets_of([one.num_chunks for one in aligned])
-    before = np.stack(
-        [offsets_of([len(one.teacher_chunk) for one in aligned]), offsets_of(samples.num_supervised())], 1
-    )
-    pairs = [one.pairs + before[n] for n, one in enumerate(aligned)]
-    across = AcrossTargets(
-        teacher=join_targets(theirs),
-        teacher_chunk=_numbered([one.teacher_chunk for one in aligned], chunks),
-        student_chunk=_numbered([one.student_chunk for one in aligned], chunks),
-        num_chunks=int(chunks[-1]),
-        pairs=torch.from_numpy(np.concatenate(pairs)),
-    )
-    return Batch(
-        ids=[sample_id for part in parts for sample_id in part.samples.ids()],
-        sources=samples.source,
-        input_ids=layout.input_ids,
-        position_ids=layout.position_ids,
-        attention=layout.attention,
-        predictor=layout.predictor,
-        targets=labels_alone(_learnt(samples)),
-        hidden={layer: torch.cat([states_tensor(part.targets.hidden[layer]) for part in parts]) for layer in layers},
-        hidden_rows=None,
-        across=across,
-    )
-
-
-def labels_alone(label: Int64Array) -> SparseTargets:
-    """Return targets that hold nothing of a teacher."""
-    count = len(label)
-    return SparseTargets(
-        kind="text",
-        label=torch.from_numpy(label),
-        entry_offsets=torch.zeros(count + 1, dtype=torch.int64),
-        id=torch.zeros(0, dtype=torch.int64),
-        estimate=torch.zeros(0),
-        logprob=torch.zeros(0),
-        tail_mass=torch.ones(count),
-        entropy=torch.zeros(count),
-    )
-
-
-def _learnt(samples: SampleBatch) -> Int64Array:
-    """Return the supervised tokens, int64 [P]."""
-    return samples.tokens[samples.supervised].astype(np.int64)
-
-
-def _numbered(chunks: Sequence[Int32Array], offsets: Int64Array) -> Tensor:
-    """Number the chunks of all samples through."""
-    each = [np.where(chunk >= 0, chunk + offset, -1) for chunk, offset in zip(chunks, offsets.tolist(), strict=False)]
-    return torch.from_numpy(np.concatenate(each).astype(np.int64))
-
-
-def class_batch(parts: Sequence[Part]) -> Batch:
-    """Return a batch whose targets are classes. IntegrityError when a sample holds several documents.
-
-    A position's label is what the data says; where it says nothing of a whole sample, the teacher's likeliest class.
-    """
-    samples = SampleBatch.concat([part.samples for part in parts])
-    inputs = ClassifierInputs.of(samples, torch.device("cpu"))
-    label = torch.from_numpy(np.concatenate([given_labels(part) for part in parts]))
-    said = torch.from_numpy(np.concatenate([is_labelled(part) for part in parts]))
-    known = join_targets([sparse_targets(p.targets, given_labels(p), p.capture.kind) for p in parts])
-    return Batch(
-        ids=samples.ids(),
-        sources=samples.source,
-        input_ids=inputs.input_ids,
-        position_ids=None,
-        attention=None,
-        predictor=torch.from_numpy(class_rows(samples, parts[0].capture.task)),
-        targets=known if said.all() else replace(known, label=torch.where(said, label, first_choice(known)[0])),
-        hidden={},
-        hidden_rows=None,
-        classifier=inputs,
-    )
-
-
-def given_labels(part: Part) -> Int64Array:
-    """Return the class that the data gives each supervised position, int64 [P]; NO_LABEL where it gives none."""
-    counts = part.samples.num_supervised()
-    known = part.label or [None] * len(counts)
-    each = [np.full(n, NO_LABEL) if one is None else one for one, n in zip(known, counts.tolist(), strict=True)]
-    return np.concatenate(each).astype(np.int64)
-
-
-def is_labelled(part: Part) -> BoolArray:
-    """Return which supervised positions belong to samples that the data says any class of, bool [P]."""
-    counts = part.samples.num_supervised()
-    known = [one is not None for one in part.label] if part.label else np.zeros(len(counts), dtype=np.bool_)
-    return np.repeat(np.asarray(known, dtype=np.bool_), counts)
-
-
 def make_batch(
     samples: SampleBatch, targets: TargetBatch, kind: str, layers: tuple[str, ...] = (), maps: tuple[str, ...] = ()
 ) -> Batch:
@@ -205,7 +89,7 @@ def make_batch(
         position_ids=layout.position_ids,
         attention=layout.attention,
         predictor=layout.predictor,
-        targets=sparse_targets(targets, _learnt(samples), kind),
+        targets=sparse_targets(targets, learnt_tokens(samples), kind),
         hidden={layer: states_tensor(targets.hidden[layer]) for layer in layers},
         hidden_rows=None if targets.hidden_kept is None else torch.from_numpy(np.flatnonzero(targets.hidden_kept)),
         maps={layer: torch.from_numpy(targets.attention[layer]) for layer in maps},
@@ -235,6 +119,11 @@ def lay_out(samples: SampleBatch) -> Layout:
     packed = bool((samples.document != np.repeat(samples.document[samples.offsets[:-1]], lengths)).any())
     position_ids, attention = _packed_attention(samples, flat, width) if packed else (None, None)
     return Layout(torch.from_numpy(input_ids), position_ids, attention, torch.from_numpy(flat[supervised] - 1))
+
+
+def learnt_tokens(samples: SampleBatch) -> Int64Array:
+    """Return the supervised tokens, int64 [P]."""
+    return samples.tokens[samples.supervised].astype(np.int64)
 
 
 def sparse_targets(targets: TargetBatch, label: Int64Array, kind: str) -> SparseTargets:

@@ -2,28 +2,26 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.classes import CALLED, auto_model
 from storage.errors import InputError
 from storage.identity import Task
 from storage.parts import Part, TargetReader
-from storage.samples import NO_LABEL
 from trainer.alignment import Aligned, Aligner
-from trainer.batches import batch_of, is_labelled, make_batch
-from trainer.losses import EntryView, ForwardKL, SparseTargets, first_choice
+from trainer.batches import make_batch
+from trainer.class_batches import is_labelled
+from trainer.feed import batch_of
+from trainer.losses import SparseTargets, first_choice
 from trainer.losses.rows import MIN_TAIL
 from trainer.model import predictor_logits
+from trainer.totals import Bins, Scores, Totals
 
-BINS = 15
-"""Confidence bins of the expected calibration error."""
 BATCH_TOKENS = 4096
 """Padded tokens in one forward pass…"""
 LOGIT_BYTES = 256 << 20
@@ -31,8 +29,6 @@ LOGIT_BYTES = 256 << 20
 SHOWN_CHOICES = 5
 """Teacher's first choices told of each shown token."""
 THREADS = 2
-
-Scores = dict[str, Any]
 
 
 def evaluate_model(
@@ -52,7 +48,9 @@ def evaluate_model(
         device: torch device.
         on_progress: called with `{"event": "evaluate", "done": samples, "total": samples}`.
         aligner: of a model with another tokenizer than the dataset's; its `loss` is then in nats per byte of text,
-            `unit` says `byte`, and token by token there is nothing to compare with the teacher.
+            `unit` says `byte`, and token by token there is nothing to compare with the teacher. Instead `chunk_gap` is
+            the mean |log p − log q| of the likelihoods that both give a chunk of text, nats, and `chunks_known` the
+            share of the chunks whose likelihood the dataset tells.
 
     Returns:
         `loss` {source: nats per supervised token}, `kl_to_teacher` (nats per token, from the stored targets),
@@ -63,14 +61,17 @@ def evaluate_model(
     """
     task = dataset.identity.capture.task
     model = load_model(model_folder, device, task)
-    totals = _Totals(classifies=task != "next_token", bytes={} if aligner else None)
+    totals = Totals(classifies=task != "next_token", bytes={} if aligner else None)
     total = sum(len(ids) for ids in ids_by_source.values())
     done = 0
     for source, part in held_out_batches(dataset, ids_by_source, LOGIT_BYTES // (4 * num_outputs(model, task))):
         batch = batch_of([part], aligner=aligner).to(device)
         with torch.inference_mode(), evaluation_threads():
             given = np.ones(batch.num_supervised, dtype=np.bool_) if aligner else is_labelled(part)
-            totals.add(source, batch.targets, predictor_logits(model, batch), given)
+            logprob = predictor_logits(model, batch).float().log_softmax(-1)
+            totals.add(source, batch.targets, logprob, given)
+            if batch.across is not None:
+                totals.add_chunks(batch.across, logprob.gather(1, batch.targets.label[:, None])[:, 0])
         totals.add_bytes(source, aligned_samples(part, aligner), own=True)
         done += len(part.samples)
         if on_progress is not None:
@@ -94,9 +95,9 @@ def evaluate_teacher(
     """
     if dataset.identity.capture.task != "next_token":
         return _classifier_scores(dataset, ids_by_source)
-    totals = _Totals(bytes={} if aligner else None)
+    totals = Totals(bytes={} if aligner else None)
     told = True
-    bins = _Bins()
+    bins = Bins()
     for source, part in held_out_batches(dataset, ids_by_source):
         targets = part.targets
         positions = part.samples.num_supervised()
@@ -107,18 +108,19 @@ def evaluate_teacher(
             sparse = make_batch(part.samples, targets, part.capture.kind).targets
             best, probability = first_choice(sparse)
             bins.add(probability.numpy(), (best == sparse.label).numpy())
-    return {**totals.scores(), "kl_to_teacher": 0.0, "top1_agreement": 1.0, "ece": bins.error() if told else None}
+    same = {"kl_to_teacher": 0.0, "top1_agreement": 1.0, "ece": bins.error() if told else None}
+    return {**totals.scores(), **same, **({} if aligner is None else {"chunk_gap": 0.0, "chunks_known": None})}
 
 
 def _classifier_scores(dataset: TargetReader, ids_by_source: Mapping[str, Sequence[bytes]]) -> Scores:
     """Return the scores of a teacher of classes; a label that it did not keep counts with the whole tail."""
-    totals = _Totals(classifies=True)
+    totals = Totals(classifies=True)
     for source, part in held_out_batches(dataset, ids_by_source):
         targets = batch_of([part]).targets
         # What was not kept shares the tail: one class of it may have it all, and none has more.
         logprob = targets.tail_mass.clamp_min(MIN_TAIL).log()[:, None].repeat(1, int(part.capture.classes or 0))
         logprob[targets.rows(), targets.id] = targets.logprob
-        totals.add_told(source, targets, logprob, is_labelled(part))
+        totals.add(source, targets, logprob, is_labelled(part))
     return {**totals.scores(), "kl_to_teacher": 0.0, "top1_agreement": 1.0}
 
 
@@ -144,108 +146,6 @@ def token_views(
             tokens[at].update(_told(batch.targets.positions(p, p + 1).to("cpu"), probability[p]))
         views.append({"sample_id": one.ids()[0].hex(), "source": one.source[0], "tokens": tokens})
     return views
-
-
-@dataclass
-class _Bins:
-    """Sums for the expected calibration error: in each confidence bin, hits and confidence."""
-
-    count: NDArray[np.float64] = field(default_factory=lambda: np.zeros(BINS))
-    hits: NDArray[np.float64] = field(default_factory=lambda: np.zeros(BINS))
-    confidence: NDArray[np.float64] = field(default_factory=lambda: np.zeros(BINS))
-
-    def add(self, confidence: NDArray[np.floating[Any]], hit: NDArray[np.bool_]) -> None:
-        """Add positions."""
-        bin_ = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
-        self.count += np.bincount(bin_, minlength=BINS)
-        self.hits += np.bincount(bin_, weights=hit.astype(np.float64), minlength=BINS)
-        self.confidence += np.bincount(bin_, weights=confidence.astype(np.float64), minlength=BINS)
-
-    def error(self) -> float:
-        """Return Σ |hits − confidence| over the bins, per position."""
-        return float(np.abs(self.hits - self.confidence).sum() / max(self.count.sum(), 1.0))
-
-
-@dataclass
-class _Accuracy:
-    """Counts of positions whose label the data gives."""
-
-    count: int = 0
-    hits: int = 0
-
-    def add(self, hit: NDArray[np.bool_], given: NDArray[np.bool_]) -> None:
-        """Add positions; those that are not `given` do not count."""
-        self.count += int(given.sum())
-        self.hits += int((hit & given).sum())
-
-    def share(self) -> float | None:
-        """Return the share of hits; none without labels."""
-        return self.hits / self.count if self.count else None
-
-
-@dataclass
-class _Totals:
-    """Sums over positions."""
-
-    loss: dict[str, float] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
-    kl: float = 0.0
-    agreements: int = 0
-    told: bool = True
-    """Whether the targets tell the teacher's probabilities."""
-    bins: _Bins = field(default_factory=_Bins)
-    classifies: bool = False
-    """Whether the targets are classes: some positions may have no label, others one that the teacher gave."""
-    bytes: dict[str, int] | None = None
-    """Bytes of the text that losses are told of, where they are told per byte."""
-    positions: int = 0
-    accuracy: _Accuracy = field(default_factory=_Accuracy)
-
-    def add(self, source: str, targets: SparseTargets, logits: Tensor, given: NDArray[np.bool_]) -> None:
-        """Add the positions of a batch of one source; logits [P, V], `given`: labels that the data says, bool [P]."""
-        self.add_told(source, targets, logits.float().log_softmax(-1), given)
-
-    def add_told(self, source: str, targets: SparseTargets, logprob: Tensor, given: NDArray[np.bool_]) -> None:
-        """Add positions with log-probabilities [P, V]."""
-        said = targets.label != NO_LABEL
-        own = logprob.gather(1, targets.label.clamp_min(0)[:, None])[said, 0]
-        row = targets.rows()
-        divergence = ForwardKL().evaluate(EntryView(targets, row, logprob[row, targets.id])).value
-        confidence, guess = logprob.max(-1)
-        self.add_loss(source, -float(own.double().sum()), len(own))
-        self.positions += len(logprob)
-        self.told = self.told and targets.kind != "text"
-        if self.told:
-            self.kl += float(divergence.double().sum())
-            self.agreements += int((guess == first_choice(targets)[0]).sum())
-        hit, known = (guess == targets.label).cpu().numpy(), said.cpu().numpy()
-        self.accuracy.add(hit, known & given)
-        self.bins.add(confidence.exp().cpu().numpy()[known], hit[known])
-
-    def add_loss(self, source: str, nats: float, tokens: int) -> None:
-        """Add the loss of tokens of one source."""
-        self.loss[source] = self.loss.get(source, 0.0) + nats
-        self.tokens[source] = self.tokens.get(source, 0) + tokens
-
-    def add_bytes(self, source: str, samples: Sequence[Aligned], own: bool) -> None:
-        """Add the text of samples: what their `own` tokens, those of the student, cover, or the teacher's."""
-        if self.bytes is not None:
-            new = sum(one.num_own_bytes if own else one.num_bytes for one in samples)
-            self.bytes[source] = self.bytes.get(source, 0) + new
-
-    def scores(self) -> Scores:
-        """Return the averages."""
-        positions = max(self.positions, 1)
-        counts = self.tokens if self.bytes is None else self.bytes
-        return {
-            "loss": {source: self.loss[source] / max(counts[source], 1) for source in self.loss},
-            "kl_to_teacher": self.kl / positions if self.told else None,
-            "top1_agreement": self.agreements / positions if self.told else None,
-            "ece": self.bins.error(),
-            "tokens": self.tokens,
-            **({"accuracy": self.accuracy.share()} if self.classifies else {}),
-            **({} if self.bytes is None else {"unit": "byte", "bytes": self.bytes}),
-        }
 
 
 def _told(targets: SparseTargets, probability: Tensor) -> dict[str, Any]:

@@ -15,8 +15,10 @@ from storage.draws import draw_set
 from storage.hidden import state_width, states_tensor
 from storage.parts import Part, TargetReader
 from storage.samples import Int64Array, UInt8Array
+from trainer.across_batches import across_batch
 from trainer.alignment import Aligner
-from trainer.batches import Batch, batch_of, take_microbatches
+from trainer.batches import Batch, join_batches, make_batch, take_microbatches
+from trainer.class_batches import class_batch
 from trainer.config import TrainConfig
 from trainer.loss_config import LossConfig
 from trainer.sampler import PlannedOrder, rank_slice
@@ -101,6 +103,20 @@ def _one_set(part: Part, passes: Int64Array) -> Part:
     capture = part.capture
     targets = draw_set(part.targets, capture.kind, passes[part.asked] % capture.draw_sets)
     return replace(part, targets=targets)
+
+
+def batch_of(
+    parts: Sequence[Part], layers: tuple[str, ...] = (), maps: tuple[str, ...] = (), aligner: Aligner | None = None
+) -> Batch:
+    """Return the batch of all samples of the parts, of one task, those of one dataset after those of another.
+
+    With an `aligner` it is in the student's tokens.
+    """
+    if aligner is not None:
+        return across_batch(parts, aligner, layers)
+    if parts[0].capture.task != "next_token":
+        return class_batch(parts)
+    return join_batches([make_batch(p.samples, p.targets, p.capture.kind, layers, maps) for p in parts])
 
 
 def microbatch(

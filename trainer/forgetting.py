@@ -9,8 +9,8 @@ import torch
 from storage.parts import TargetReader
 from storage.samples import NO_LABEL
 from trainer.alignment import Aligner
-from trainer.batches import batch_of
 from trainer.evaluation import LOGIT_BYTES, evaluation_threads, held_out_batches, load_model, num_outputs
+from trainer.feed import batch_of
 from trainer.model import predictor_logits
 
 

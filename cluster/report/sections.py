@@ -55,8 +55,10 @@ def _results(data: ReportData) -> Section:
         for source in sources
     ]
     unit = next((entry["unit"] for entry in evaluation.values() if "unit" in entry), "token")
-    accuracy = ["accuracy"] if any(entry.get("accuracy") is not None for entry in evaluation.values()) else []
-    head = ["", *(f"loss, {source}" for source in sources), "KL to teacher", "first choice agrees", "ECE", *accuracy]
+    sorts = (("accuracy", "accuracy", _share), ("chunk_gap", "gap of a chunk", _number))
+    special = [sort for sort in sorts if any(entry.get(sort[0]) is not None for entry in evaluation.values())]
+    measures = ["KL to teacher", "first choice agrees", "ECE", *(name for _, name, _ in special)]
+    head = ["", *(f"loss, {source}" for source in sources), *measures]
     rows = [
         [
             name,
@@ -64,7 +66,7 @@ def _results(data: ReportData) -> Section:
             _number(entry.get("kl_to_teacher")),
             _share(entry.get("top1_agreement")),
             _number(entry.get("ece")),
-            *(_share(entry.get(column)) for column in accuracy),
+            *(shown_as(entry.get(key)) for key, _, shown_as in special),
         ]
         for name, entry in evaluation.items()
     ]

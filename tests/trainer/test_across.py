@@ -17,9 +17,10 @@ from storage.tokenizer import Tokenizer
 from tests.storage.tiny_tokenizers import write_tokenizer
 from tests.trainer.tiny import QWEN2, WORDS, TinyRun, make_run, teacher_logits
 from trainer.alignment import Aligner
-from trainer.batches import batch_of, make_batch
+from trainer.batches import make_batch
 from trainer.config import StudentConfig
 from trainer.evaluation import evaluate_model, evaluate_teacher
+from trainer.feed import batch_of
 from trainer.loss_config import LossConfig
 from trainer.losses import FullTeacher
 from trainer.losses.across import AcrossTerms, across_loss, alm, label_logprob, sorted_distance
@@ -210,6 +211,19 @@ def test_losses_are_told_per_byte(run: TinyRun, own: Path, tmp_path: Path) -> No
         assert size == pytest.approx(text, rel=0.05)
     assert scores["unit"] == teacher["unit"] == "byte"
     assert scores["kl_to_teacher"] is None and scores["top1_agreement"] is None
+    gaps = []
+    for part in (run.union.parts(wanted)[0] for wanted in ids.values()):
+        batch = batch_of([part], aligner=lay)
+        theirs = teacher_logprob(part, run.identity.tokenizer.vocab_size)
+        said = theirs.gather(1, batch.across.teacher.label[:, None])[:, 0]
+        with torch.no_grad():
+            logprob = predictor_logits(model, batch).double().log_softmax(1)
+        mine = logprob.gather(1, batch.targets.label[:, None])[:, 0]
+        for n in range(batch.across.num_chunks):
+            there, here = batch.across.teacher_chunk == n, batch.across.student_chunk == n
+            gaps.append(abs(float(said[there].sum() - mine[here].sum())))
+    assert (scores["chunks_known"], teacher["chunk_gap"]) == (1.0, 0.0)
+    assert scores["chunk_gap"] == pytest.approx(np.mean(gaps), rel=1e-3)
 
 
 def test_the_same_tokens_on_both_sides_give_one_chunk_for_each(run: TinyRun) -> None:

@@ -18,10 +18,9 @@ from storage.samples import NO_LABEL, Sample, SampleBatch
 from storage.union import DatasetUnion
 from storage.writer import DatasetWriter
 from tests.trainer.tiny import targets_from_logits
-from trainer.batches import batch_of
 from trainer.config import LoraConfig, StudentConfig
 from trainer.evaluation import evaluate_model, evaluate_teacher
-from trainer.feed import microbatch
+from trainer.feed import batch_of, microbatch
 from trainer.flops import ModelFlops
 from trainer.loss_config import LossConfig
 from trainer.losses import FullTeacher, HeadTerms, chosen_divergence, class_loss

@@ -10,8 +10,9 @@ import torch
 from storage.errors import InputError
 from tests.trainer.tiny import QWEN2, TinyRun, make_run, teacher_logits
 from trainer.config import StudentConfig
-from trainer.evaluation import BINS, SHOWN_CHOICES, evaluate_model, evaluate_teacher, token_views
+from trainer.evaluation import SHOWN_CHOICES, evaluate_model, evaluate_teacher, token_views
 from trainer.student import build_student
+from trainer.totals import BINS
 
 
 @pytest.fixture(scope="module")

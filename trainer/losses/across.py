@@ -99,8 +99,8 @@ def alm(student: Tensor, targets: AcrossTargets, teacher: Tensor, tau: float) ->
         teacher: likewise of the teacher's tokens, [M]; NaN where it is not known.
         tau: τ.
     """
-    s = _chunk_sums(student, targets.student_chunk, targets.num_chunks) / tau
-    t = _chunk_sums(teacher, targets.teacher_chunk, targets.num_chunks) / tau
+    s = chunk_sums(student, targets.student_chunk, targets.num_chunks) / tau
+    t = chunk_sums(teacher, targets.teacher_chunk, targets.num_chunks) / tau
     known = t.isfinite()
     s, t = s[known].clamp_max(-LEAST), t[known].clamp_max(-LEAST)
     f = t.exp()
@@ -125,7 +125,10 @@ def sorted_distance(student: Tensor, teacher: Tensor, kept: Tensor) -> Tensor:
 
 
 def label_logprob(targets: SparseTargets, full: FullTeacher | None = None) -> Tensor:
-    """Return the teacher's log-probability of each of its tokens, float32 [M]; NaN where its entry was not kept."""
+    """Return the teacher's log-probability of each of its tokens, float32 [M]; NaN where it is not known.
+
+    That is where its entry was not kept, and on draws alone, which tell how often a token was drawn.
+    """
     if full is not None and full.head is not None and full.states is not None:
         parts, first = [torch.zeros_like(targets.tail_mass[:0])], 0
         for logprob in full_logprobs(full.states, full.head):
@@ -135,7 +138,7 @@ def label_logprob(targets: SparseTargets, full: FullTeacher | None = None) -> Te
         return torch.cat(parts)
     row = targets.rows()
     found = torch.full_like(targets.tail_mass, torch.nan)
-    own = targets.id == targets.label[row]
+    own = (targets.id == targets.label[row]) & (targets.kind != "sampled")
     found[row[own]] = targets.logprob[own]
     return found
 
@@ -170,7 +173,8 @@ def _entries(targets: SparseTargets, rows: Tensor, full: FullTeacher | None) -> 
     return torch.where(there, targets.logprob[entry].exp(), 0.0), kept
 
 
-def _chunk_sums(values: Tensor, chunk: Tensor, num_chunks: int) -> Tensor:
+def chunk_sums(values: Tensor, chunk: Tensor, num_chunks: int) -> Tensor:
+    """Sum the log-probabilities of tokens over the chunks that they belong to, [tokens] → [chunks]."""
     inside = chunk >= 0
     return values.new_zeros(num_chunks).index_add(0, chunk[inside], values[inside])
 
