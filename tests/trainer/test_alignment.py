@@ -97,6 +97,7 @@ def test_chunks_spell_the_same_text_and_none_is_larger_than_it_must_be(
         assert aligned.num_bytes == aligned.num_own_bytes
 
 
+@settings(deadline=None)
 @given(cuts=st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=9), min_size=2, max_size=2), data=st.data())
 def test_an_overlay_is_what_walking_along_the_text_finds(cuts: list[list[int]], data: st.DataObject) -> None:
     sides = []
