@@ -150,11 +150,14 @@ def _leaf(field: Any) -> str:
     return f"{field.name}.list.element" if pa.types.is_list(field.type) else str(field.name)
 
 
-def from_parquet(source: Any, unwanted: Callable[[str], bool] | None = None, hashed: bool = False) -> pa.Table:
+def from_parquet(
+    source: Any, unwanted: Callable[[str], bool] | None = None, hashed: bool = False, threads: bool = True
+) -> pa.Table:
     """Read a table from bytes or a seekable file; IntegrityError where it is damaged.
 
     Page checksums are checked unless the whole file's hash was: that costs a sixth of the time. Columns that are
-    `unwanted` are not read; those that are lie side by side and are asked for together.
+    `unwanted` are not read; those that are lie side by side and are asked for together. `threads`: decode in those
+    that Arrow has, one for each core. Every thread that decodes takes fresh memory: too many cost more than they give.
     """
     try:
         with pq.ParquetFile(
@@ -163,8 +166,7 @@ def from_parquet(source: Any, unwanted: Callable[[str], bool] | None = None, has
             pre_buffer=unwanted is not None,
         ) as file:
             names = [name for name in file.schema_arrow.names if unwanted is None or not unwanted(name)]
-            # Files are read side by side already; threads of Arrow's own each take their memory anew.
-            return file.read(columns=names, use_threads=False)
+            return file.read(columns=names, use_threads=threads)
     except (pa.ArrowException, OSError) as error:
         raise IntegrityError(f"not a readable Parquet file: {error}") from error
 

@@ -30,7 +30,9 @@ def read_shard(
         _read_checked(store, record, verify_hash) if layers is None else RangeFile(store, record.data_key, record.bytes)
     )
     try:
-        table = from_parquet(raw, _unwanted(layers), hashed=verify_hash and layers is None)
+        # Of a folder as many shards are read at once as there are cores, of a remote store many more.
+        hashed, threads = verify_hash and layers is None, not store.is_local
+        table = from_parquet(raw, _unwanted(layers), hashed, threads)
         _check_metadata(table, record)
         shard = decode(table, layers)
         _check_rows(shard[0].sample_id, record)
