@@ -96,7 +96,11 @@ def test_a_unit_that_another_capture_committed_is_not_scored(tiny_run: TinyRun) 
     rank.score(units[0])
     assert rank.commit(units[0], "a1").scored
     calls = rank.model.calls
+    asked: list[str] = []
+    committed = rank.writer.committed
+    rank.writer.committed = lambda unit_id: asked.append(unit_id) or committed(unit_id)  # type: ignore[method-assign,func-returns-value]
     rank.score(units[0])
     receipt = rank.commit(units[0], "a2")
+    assert asked == [units[0].unit_id], "the store is asked once"
     assert not receipt.scored and receipt.receipt.rows == len(units[0].rows)
     assert rank.model.calls == calls

@@ -78,6 +78,8 @@ class Rank(BaseRank):
         super().__init__()
         self._scored: dict[str, Scored] = {}
         """Units that this rank has scored and not committed yet; of rank 0 only."""
+        self._found: dict[str, Receipt] = {}
+        """Units that it was asked to score and found committed, until it is asked to commit them; of rank 0 only."""
 
     def load(self, job: CaptureJob, place: RankPlace) -> Any:
         """Load and shard the model; returns a `sharding.ShardReport`.
@@ -143,7 +145,7 @@ class Rank(BaseRank):
         start = time.perf_counter()
         found = self._scored.pop(unit.unit_id, None)
         if found is None:
-            before = self.writer.committed(unit.unit_id)
+            before = self._found.pop(unit.unit_id, None) or self.writer.committed(unit.unit_id)
             assert before is not None, "a unit that rank 0 has not scored was committed before"
             return UnitReceipt(before, scored=False)
         samples = found.samples
@@ -180,7 +182,10 @@ class Rank(BaseRank):
 
     def _is_committed(self, unit: WorkUnit) -> bool:
         """Tell on every rank whether the dataset holds a unit."""
-        return self._same_everywhere(self.place.rank == 0 and self.writer.committed(unit.unit_id) is not None)
+        found = self.writer.committed(unit.unit_id) if self.place.rank == 0 else None
+        if found is not None:
+            self._found[unit.unit_id] = found
+        return self._same_everywhere(found is not None)
 
 
 def _fetch(references: Sequence[Any]) -> list[Any]:
