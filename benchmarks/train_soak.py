@@ -6,7 +6,7 @@
 with `kill -9`, each after at least one more step was made:
 
 * `rank`: one of the two training processes;
-* `controller`: Ray Train's controller;
+* `controller`: Ray Train's controller, with which the command ends; it is typed again;
 * `driver`: the command itself; it is typed again.
 
 At the end the order of samples must be the unbroken run's to the byte, and each step's loss within 1e-4 of its.
@@ -105,8 +105,8 @@ def broken_run(run: Run, kills: int, chance: random.Random, deadline: float) -> 
         with contextlib.suppress(ProcessLookupError):
             os.kill(chance.choice(pids), signal.SIGKILL)
             broken[what] += 1
-        if what == "driver":
-            run.driver.wait()
+        if what in {"controller", "driver"}:
+            run.driver.wait(120)
             run.start()
         before, until = max(run.losses()), time.monotonic() + 120
         seen = run.dir.joinpath("metrics.jsonl").stat().st_mtime_ns

@@ -14,6 +14,7 @@ from trainer.spec import LoopSpec
 
 def fit(spec: LoopSpec) -> dict[str, Any]:
     """Run the loop on all ranks and return what rank 0 returned."""
+    from ray.exceptions import RayActorError
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -41,6 +42,12 @@ def fit(spec: LoopSpec) -> dict[str, Any]:
         figures = trainer.fit().return_value
     except TrainingFailedError as error:
         raise _explained(error, spec) from error
+    except RayActorError as error:
+        # Only the end of this process frees what the controller held: Ray Train's own cleaner needs a dashboard.
+        raise WorkerError(
+            f"training {spec.name} ended because Ray Train's controller died. The newest checkpoint is kept in "
+            f"{spec.run_dir}/checkpoints/{spec.name}; the same command goes on from there"
+        ) from error
     if figures is None:
         raise WorkerError(f"training {spec.name} ended without a result; see Ray's logs")
     if "error" in figures:
