@@ -31,7 +31,7 @@ SameUnit = Callable[[Unit, Unit], None]
 KINDS = ["topk", "hybrid", "sampled"]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     kind=st.sampled_from(KINDS),
     draw_sets=st.integers(1, 3),
@@ -101,7 +101,7 @@ def test_ids_above_131072_survive(make_identity: MakeIdentity, assert_same_unit:
     assert_same_unit(decode(encode(samples, targets, identity, "compact")), (samples, kept))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rows=st.lists(st.integers(0, 200), min_size=1, max_size=5),
     largest=st.sampled_from([0, 3, 17, 300, 2**17 + 5, 2**30]),

@@ -233,7 +233,7 @@ def test_all_compactions_together_write_a_few_times_the_last_one() -> None:
 names = st.text(alphabet="abcdef0123456789", min_size=1, max_size=8)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     units=st.dictionaries(names, st.tuples(st.integers(1, 4), st.integers(1, 2**40), st.integers(0, 9)), max_size=6),
     dropped=st.sets(names, max_size=2),

@@ -17,7 +17,7 @@ MakeIdentity = Callable[..., DatasetIdentity]
 MakeUnit = Callable[..., tuple[SampleBatch, TargetBatch]]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(kind=st.sampled_from(["hybrid", "sampled"]), sets=st.integers(1, 4), seed=st.integers(0, 2**32 - 1))
 def test_one_set_keeps_the_contract_of_a_dataset_of_one_set(
     make_identity: MakeIdentity, make_unit: MakeUnit, kind: str, sets: int, seed: int

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from storage_faults import Killed, SteppedStore
 
@@ -232,7 +232,6 @@ keys = st.one_of(
 stored = st.builds(Stored, keys, st.integers(0, 9), st.one_of(st.none(), st.floats(0, 100)))
 
 
-@settings(deadline=None)
 @given(
     objects=st.lists(stored, max_size=12, unique_by=lambda found: found.key),
     units=st.sets(names),

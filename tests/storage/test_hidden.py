@@ -111,7 +111,7 @@ def test_one_position_in_three_is_every_third_one() -> None:
         assert np.diff(found).tolist() == [3] * 9
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     dtype=st.sampled_from(["float32", "float16", "bfloat16", "int8"]),
     every=st.sampled_from([None, 3.0, 0.4]),

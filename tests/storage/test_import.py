@@ -62,7 +62,7 @@ def test_bit_packing_round_trips(bits: int, rows: int, count: int, seed: int) ->
         unpack_big_endian(pack_bits(numbers, bits)[:, :-1], bits, count)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     delta=st.booleans(),
     normalize=st.booleans(),

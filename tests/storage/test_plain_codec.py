@@ -27,7 +27,7 @@ TARGET_COLUMNS = ["target_count", "target_id", "target_logprob"]
 LAST_COLUMNS = ["tail_mass", "teacher_nll", "teacher_entropy"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     kind=st.sampled_from(["topk", "hybrid", "sampled", "dense", "text"]),
     draw_sets=st.integers(1, 3),

@@ -77,7 +77,7 @@ def fetched(dataset: Dataset) -> list[int]:
     return counts
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     data=st.data(),
     kind=st.sampled_from(["hybrid", "topk", "sampled", "text"]),

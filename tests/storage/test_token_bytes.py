@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizers import write_sentence_piece, write_tokenizer, write_word_piece
 
@@ -22,7 +22,6 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return Tokenizer.load(write(tmp_path_factory.mktemp("t"), corpus=["the red fox and the lazy dog, naïve 漢字"] * 9))
 
 
-@settings(deadline=None)
 @given(text=TEXT)
 def test_the_bytes_of_a_texts_tokens_are_its_own(tokenizer: Tokenizer, text: str) -> None:
     if "▁" in text and tokenizer.folder.joinpath("sentencepiece").exists():

@@ -68,7 +68,7 @@ def pieces(sample: Sample, chunk: np.ndarray, number: int, tokenizer: Tokenizer)
     return spelt, set(sample.document[rows].tolist())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(texts=st.lists(TEXT, min_size=1, max_size=3), part=st.booleans(), seed=st.integers(0, 9), data=st.data())
 def test_chunks_spell_the_same_text_and_none_is_larger_than_it_must_be(
     folders: dict[str, Path], texts: list[str], part: bool, seed: int, data: st.DataObject
@@ -97,7 +97,6 @@ def test_chunks_spell_the_same_text_and_none_is_larger_than_it_must_be(
         assert aligned.num_bytes == aligned.num_own_bytes
 
 
-@settings(deadline=None)
 @given(cuts=st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=9), min_size=2, max_size=2), data=st.data())
 def test_an_overlay_is_what_walking_along_the_text_finds(cuts: list[list[int]], data: st.DataObject) -> None:
     sides = []

@@ -278,7 +278,7 @@ def test_no_replica_is_started_that_would_come_too_late(units: int, starts: int)
     assert len(fleet.all(Start)) - before == starts - 1, "one second per unit is left, a start takes 100"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10_000), units=st.integers(1, 60), replicas=st.integers(1, 6))
 def test_every_unit_is_done_exactly_once_whatever_dies(seed: int, units: int, replicas: int) -> None:
     chance = random.Random(seed)

@@ -1,7 +1,7 @@
 """Planning of work units."""
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from workers.units import plan_units
@@ -11,7 +11,6 @@ def ids_of(count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 16)).astype(np.uint8)
 
 
-@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(2, 300), min_size=1, max_size=80),
     unit_tokens=st.integers(1, 2000),
@@ -39,7 +38,6 @@ def test_nothing_missing_means_no_units() -> None:
     assert list(plan_units([], np.zeros(0, dtype=np.int64), ids_of(0), "f", 100)) == []
 
 
-@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(2, 300), min_size=1, max_size=80),
     unit_tokens=st.integers(1, 2000),
@@ -54,7 +52,6 @@ def test_units_stay_the_same_while_others_get_done(lengths: list[int], unit_toke
     assert list(plan_units(missing, num_tokens, ids, "f", unit_tokens, everything)) == left
 
 
-@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(2, 300), min_size=1, max_size=80),
     unit_tokens=st.integers(1, 2000),

@@ -144,9 +144,7 @@ class Spending(RuleBasedStateMachine):
 
 
 TestSpending = Spending.TestCase
-TestSpending.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+TestSpending.settings = settings(max_examples=40, stateful_step_count=30, suppress_health_check=[HealthCheck.too_slow])
 
 
 def test_states_are_a_short_cut_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
