@@ -190,13 +190,13 @@ def peak_bytes(work: str, name: str, model: nn.Module, num_tokens: int, options:
 def one_round(model: nn.Module, samples: SampleBatch, options: Options, writer: DatasetWriter, number: int) -> Round:
     """Time the bare forwards, then a whole capture of the same batches into a unit of its own."""
     forward_s = bare_forward_s(model, samples, options)
-    return capture(model, samples, options, writer, number, forward_s)
+    return Round(forward_s, **capture(model, samples, options, writer, number))
 
 
 def capture(
-    model: nn.Module, samples: SampleBatch, options: Options, writer: DatasetWriter, number: int, forward_s: float = 0
-) -> Round:
-    """Capture the samples into a unit of its own."""
+    model: nn.Module, samples: SampleBatch, options: Options, writer: DatasetWriter, number: int
+) -> dict[str, float]:
+    """Capture the samples into a unit of its own; returns the seconds of `Round` but those of the bare forwards."""
     vocab_size = writer.info.identity.tokenizer.vocab_size
     settings = ScoringSettings(
         selection=SelectionSettings(
@@ -217,7 +217,12 @@ def capture(
     scored = time.perf_counter()
     writer.commit(f"round{number}", samples, merge_parts(samples, [part], settings), "a1")
     end = time.perf_counter()
-    return Round(forward_s, end - start, part.forward_s, part.selection_s, end - scored)
+    return {
+        "capture_s": end - start,
+        "in_capture_forward_s": part.forward_s,
+        "selection_s": part.selection_s,
+        "commit_s": end - scored,
+    }
 
 
 @torch.no_grad()

@@ -53,13 +53,11 @@ def run(config: Path, work: Path, name: str, seeds: list[int], overrides: Sequen
 
 def dense_share(sparse: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
     """Compare the gaps to the baseline of students on sparse and on whole distributions, nats per token."""
-    rows = sparse["seeds"]["seeds"]
-    baseline = [mean(row["baseline"]["loss"].values()) for row in rows]
-    kept = [base - mean(row["student"]["loss"].values()) for base, row in zip(baseline, rows, strict=True)]
-    whole = [
-        base - mean(row["student"]["loss"].values())
-        for base, row in zip(baseline, dense["seeds"]["seeds"], strict=True)
-    ]
+    baseline = [mean(row["baseline"]["loss"].values()) for row in sparse["seeds"]["seeds"]]
+    kept, whole = (
+        [base - mean(row["student"]["loss"].values()) for base, row in zip(baseline, rows, strict=True)]
+        for rows in (sparse["seeds"]["seeds"], dense["seeds"]["seeds"])
+    )
     share = mean(kept) / mean(whole)
     return {
         "bytes_per_token": sparse["cache"]["bytes_per_token"],
