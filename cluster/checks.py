@@ -73,8 +73,7 @@ def _own_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> Tokenizer:
     if name is None or not Path(name).expanduser().is_dir():
         return tokenizer
     own = Tokenizer.load(Path(name).expanduser())
-    sides = (TokenizerIdentity(digest=one.digest, vocab_size=one.vocab_size) for one in (own, tokenizer))
-    mine, theirs = sides
+    mine, theirs = TokenizerIdentity.of(own), TokenizerIdentity.of(tokenizer)
     if mine == theirs:
         return tokenizer
     for stage in config.chain():
@@ -165,7 +164,7 @@ def check_dataset(config: RunConfig, tokenizer: Tokenizer, identity: DatasetIden
     info = read_info(store)
     known = identity or DatasetIdentity(
         teacher=info.identity.teacher,
-        tokenizer=TokenizerIdentity(digest=tokenizer.digest, vocab_size=tokenizer.vocab_size),
+        tokenizer=TokenizerIdentity.of(tokenizer),
         chat_template=info.identity.chat_template,
         precision=config.teacher.precision,
         capture=with_projection(

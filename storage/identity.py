@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,9 @@ from storage.config import CacheConfig, HiddenDtype, Kind
 from storage.errors import IdentityError, InputError
 from storage.object_store import Store
 from storage.settings import Settings, added
+
+if TYPE_CHECKING:
+    from storage.tokenizer import Tokenizer
 
 ROWS_VERSION = 1
 """Version of what rows mean: a new one makes every captured target foreign. New settings are `added` fields instead."""
@@ -50,6 +53,11 @@ class TokenizerIdentity(Settings):
     """Hex BLAKE2b of the canonical tokenizer.json."""
     vocab_size: int = Field(ge=1)
     """Largest token id + 1, added tokens included, padding not."""
+
+    @classmethod
+    def of(cls, tokenizer: "Tokenizer") -> Self:
+        """Return what tells a tokenizer from others."""
+        return cls(digest=tokenizer.digest, vocab_size=tokenizer.vocab_size)
 
 
 class CaptureIdentity(Settings):

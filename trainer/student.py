@@ -30,7 +30,7 @@ def resolve_student(student: StudentConfig, identity: DatasetIdentity, loss: Los
     """
     folder = None if student.path is None else str(_local_folder(student.path))
     own = own_tokenizer(student, folder)
-    tokens = identity.tokenizer if own is None else tokenizer_identity(own)
+    tokens = identity.tokenizer if own is None else TokenizerIdentity.of(own)
     if loss is not None:
         require_same_tokens(loss, f"student {student.tokenizer or student.path}", tokens, identity.tokenizer)
     vocab_size = int(student_config(student, folder, tokens.vocab_size, identity).get_text_config().vocab_size)
@@ -73,11 +73,6 @@ def aligner_of(
     own = teachers if own is None else own
     config = student_config(student, folder, own.vocab_size, identity).get_text_config()
     return Aligner(teachers, own, getattr(config, "max_position_embeddings", None) or sys.maxsize)
-
-
-def tokenizer_identity(tokenizer: Tokenizer) -> TokenizerIdentity:
-    """Return what tells a tokenizer from others."""
-    return TokenizerIdentity(digest=tokenizer.digest, vocab_size=tokenizer.vocab_size)
 
 
 def student_config(student: StudentConfig, folder: str | None, vocab_size: int, identity: DatasetIdentity) -> Any:

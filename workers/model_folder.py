@@ -160,7 +160,7 @@ def teacher_identity(
             weights=weights_digest(folder),
             parameters=parameter_count(folder),
         ),
-        tokenizer=TokenizerIdentity(digest=tokenizer.digest, vocab_size=tokenizer.vocab_size),
+        tokenizer=TokenizerIdentity.of(tokenizer),
         chat_template=None if template is None else blake2b(template.encode(), digest_size=16).hexdigest(),
         precision=teacher.precision,
         capture=with_projection(capture, cache.url),

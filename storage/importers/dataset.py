@@ -198,7 +198,7 @@ def _identity(settings: ImportSettings, tokenizer: Tokenizer, k: int, digest: st
         teacher=TeacherIdentity(
             name=settings.teacher, architecture="unknown", weights=f"imported:{digest}", parameters=0
         ),
-        tokenizer=TokenizerIdentity(digest=tokenizer.digest, vocab_size=tokenizer.vocab_size),
+        tokenizer=TokenizerIdentity.of(tokenizer),
         precision=settings.precision,
         capture=CaptureIdentity(kind="topk", top_k=k),
     )

@@ -134,7 +134,7 @@ def make_run(
     samples = prepare_samples(data, tokenizer, str(folder / "samples"))
     identity = DatasetIdentity(
         teacher=TeacherIdentity(name="made-up", architecture="Made", weights="0" * 64, parameters=1),
-        tokenizer=TokenizerIdentity(digest=tokenizer.digest, vocab_size=tokenizer.vocab_size),
+        tokenizer=TokenizerIdentity.of(tokenizer),
         precision="float32",
         capture=CaptureIdentity.model_validate(
             {

@@ -25,7 +25,7 @@ def api_identity(
             weights=blake2b(named, digest_size=32, person=b"lectern.api").hexdigest(),
             parameters=0,
         ),
-        tokenizer=TokenizerIdentity(digest=tokenizer.digest, vocab_size=tokenizer.vocab_size),
+        tokenizer=TokenizerIdentity.of(tokenizer),
         chat_template=None if template is None else blake2b(template.encode(), digest_size=16).hexdigest(),
         precision=teacher.dtype,
         capture=CaptureIdentity.of(cache),
