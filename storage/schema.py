@@ -21,6 +21,8 @@ METADATA_KEY = b"lectern"
 HIDDEN_PREFIX = "hidden_"
 ATTENTION_PREFIX = "attention_"
 MAX_ENTRIES = 65_535
+_PIECE_BYTES = 2 << 20
+"""Of a data file's decompressed pages, decoded at once."""
 
 
 class HiddenLayout(Settings):
@@ -153,11 +155,12 @@ def _leaf(field: Any) -> str:
 def from_parquet(
     source: Any, unwanted: Callable[[str], bool] | None = None, hashed: bool = False, threads: bool = True
 ) -> pa.Table:
-    """Read a table from bytes or a seekable file; IntegrityError where it is damaged.
+    """Read a table, in chunks of some rows, from bytes or a seekable file; IntegrityError where it is damaged.
 
     Page checksums are checked unless the whole file's hash was: that costs a sixth of the time. Columns that are
     `unwanted` are not read; those that are lie side by side and are asked for together. `threads`: decode in those
     that Arrow has, one for each core. Every thread that decodes takes fresh memory: too many cost more than they give.
+    For the same reason a file is decoded piece by piece: what a large one needs besides its columns would be fresh too.
     """
     try:
         with pq.ParquetFile(
@@ -165,8 +168,12 @@ def from_parquet(
             page_checksum_verification=not hashed,
             pre_buffer=unwanted is not None,
         ) as file:
-            names = [name for name in file.schema_arrow.names if unwanted is None or not unwanted(name)]
-            return file.read(columns=names, use_threads=threads)
+            schema, sizes = file.schema_arrow, file.metadata
+            fields = [field for field in schema if unwanted is None or not unwanted(field.name)]
+            size = sum(sizes.row_group(n).total_byte_size for n in range(sizes.num_row_groups))
+            rows = max(1, sizes.num_rows * _PIECE_BYTES // max(1, size))
+            pieces = file.iter_batches(rows, columns=[field.name for field in fields], use_threads=threads)
+            return pa.Table.from_batches(pieces, pa.schema(fields, metadata=schema.metadata))
     except (pa.ArrowException, OSError) as error:
         raise IntegrityError(f"not a readable Parquet file: {error}") from error
 

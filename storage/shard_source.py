@@ -75,8 +75,8 @@ class ShardSource:
         self._loaded: set[int] = set()
 
     def expected_bytes(self, unit: int) -> int:
-        """Return about how much memory loading a shard takes: the file's bytes and the arrays."""
-        return int(self._records[unit].bytes * (1 + self._ratio))
+        """Return about how much memory loading a shard takes: the file, its decoded pieces, the arrays of all."""
+        return int(self._records[unit].bytes * (1 + 2 * self._ratio))
 
     def load(self, unit: int) -> OpenShard:
         """Return a shard; IntegrityError when it is damaged."""
@@ -90,8 +90,8 @@ class ShardSource:
         self._ratio = max(shard.num_bytes / record.bytes, self._ratio if self._loaded else 0.0)
         self._loaded.add(unit)
         wanted = self._disk is not None and self._reading.verify_hashes and (again or not self._store.is_local)
-        if self._disk is not None and wanted and self._disk.put(name, shard):
-            return self._disk.get(name) or shard
+        if self._disk is not None and wanted:
+            self._disk.put(name, shard)
         return shard
 
 

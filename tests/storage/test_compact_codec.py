@@ -14,7 +14,7 @@ from storage.codecs import compact, plain
 from storage.codecs.compact import LOGPROB_ERROR, quantised
 from storage.codecs.integers import Layout, Recorder, Unpacker, bucket_of
 from storage.codecs.table import decode, encode, to_plain
-from storage.config import CacheConfig
+from storage.config import CacheConfig, Codec
 from storage.errors import IntegrityError
 from storage.identity import DatasetIdentity
 from storage.reader import Dataset
@@ -59,6 +59,25 @@ def test_round_trip_is_exact_but_for_the_stated_rounding(
     last = len(samples) - 1
     assert_same_unit(decode(table.slice(last, 1)), (samples.take([last]), kept.take([last])))
     assert to_plain(table, identity).equals(plain.encode(samples, kept, identity))
+
+
+@pytest.mark.parametrize("codec", ["plain", "compact"])
+def test_files_are_decoded_piece_by_piece(
+    codec: Codec,
+    make_identity: MakeIdentity,
+    make_unit: MakeUnit,
+    assert_same_unit: SameUnit,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    identity = make_identity("hybrid", hidden=["final"], draw_sets=2)
+    file = to_parquet(encode(*make_unit(identity, 9), identity, codec))
+    whole = from_parquet(file)
+    assert whole.column("tokens").num_chunks == 1
+    monkeypatch.setattr("storage.schema._PIECE_BYTES", 1)
+    pieces = from_parquet(file)
+    assert pieces.column("tokens").num_chunks == 9
+    assert pieces.schema.equals(whole.schema, check_metadata=True)
+    assert_same_unit(decode(pieces), decode(whole))
 
 
 def assert_within_bounds(targets: TargetBatch, kept: TargetBatch) -> None:
