@@ -68,6 +68,8 @@ class Catalog:
         """Return (index into `records`, row in its data file) of each sample; the index is -1 where it is missing."""
         high, low = _halves(id_array(sample_ids))
         at = np.searchsorted(self._high, high)
+        if at.max(initial=0) < len(self) and (self._high[at] == high).all() and (self._low[at] == low).all():
+            return self._unit[at], self._row[at]  # as nearly always
         unit, row = np.full(len(high), -1, dtype=np.int32), np.full(len(high), -1, dtype=np.int32)
         # Ids are hashes: equal high halves of different ids hardly ever occur, but must be walked over.
         open_ = np.flatnonzero(at < len(self._high))
@@ -81,7 +83,7 @@ class Catalog:
 
 
 def _halves(ids: UInt8Array) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    pairs = ids.view(">u8").astype(np.uint64)
+    pairs = ids.view(np.uint64)
     return pairs[:, 0], pairs[:, 1]
 
 

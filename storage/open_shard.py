@@ -7,7 +7,7 @@ index over entries is ever built, so a batch costs little more than its bytes.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,29 @@ class OpenShard:
         return cls(samples, targets, bounds)
 
     @cached_property
+    def columns(self) -> dict[str, Mapping[str, NDArray[Any]]]:
+        """What rows own one of, and each of `BOUNDS` → the columns that hold one for each, without the draws."""
+        samples, targets = self.samples, self.targets
+        positions: dict[str, NDArray[Any] | None] = {
+            "count": targets.count,
+            "tail_mass": targets.tail_mass,
+            "hidden_kept": targets.hidden_kept,
+            "attention_count": targets.attention_count,
+        }
+        return {
+            "rows": {
+                "sample_id": samples.sample_id,
+                "teacher_nll": targets.teacher_nll,
+                "teacher_entropy": targets.teacher_entropy,
+            },
+            "tokens": {"tokens": samples.tokens, "supervised": samples.supervised, "document": samples.document},
+            "positions": {name: array for name, array in positions.items() if array is not None},
+            "entries": {"id": targets.id, "logprob": targets.logprob},
+            "states": targets.hidden,
+            "weights": targets.attention,
+        }
+
+    @cached_property
     def num_bytes(self) -> int:
         """Bytes of all arrays."""
         return num_bytes((self.samples, self.targets)) + sum(array.nbytes for array in self.bounds.values())
@@ -59,8 +82,7 @@ def num_bytes(shard: Shard) -> int:
     return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
+class Run(NamedTuple):
     """Rows `first` to `last` of a shard."""
 
     shard: OpenShard
@@ -74,48 +96,38 @@ class Run:
 
 def runs_of(units: NDArray[np.int32], rows: NDArray[np.int32]) -> list[tuple[int, int, int]]:
     """Return (unit, first row, last row + 1) of the longest runs of rows that follow each other, in order."""
-    starts = np.ones(len(units), dtype=np.bool_)
-    starts[1:] = (units[1:] != units[:-1]) | (rows[1:] != rows[:-1] + 1)
-    begins = np.flatnonzero(starts)
-    lengths = np.diff(np.append(begins, len(units)))
-    firsts = rows[begins]
-    return list(zip(units[begins].tolist(), firsts.tolist(), (firsts + lengths).tolist(), strict=True))
+    runs: list[tuple[int, int, int]] = []
+    for unit, row in zip(units.tolist(), rows.tolist(), strict=True):
+        if runs and runs[-1][0] == unit and runs[-1][2] == row:
+            runs[-1] = (unit, runs[-1][1], row + 1)
+        else:
+            runs.append((unit, row, row + 1))
+    return runs
 
 
 def join(runs: Sequence[Run]) -> Shard:
     """Return the rows of all runs as one batch, copied: nothing of the shards is kept alive."""
-    all_samples, all_targets = [run.shard.samples for run in runs], [run.shard.targets for run in runs]
+    columns = [run.shard.columns for run in runs]
     cuts, offsets = _cuts(runs)
-    draws = [t.draws[:, cut] for t, cut in zip(all_targets, cuts["entries"], strict=True) if t.draws is not None]
-    first = all_targets[0]
-
-    def sample(name: str, level: str) -> NDArray[Any]:
-        return _joined([getattr(s, name) for s in all_samples], cuts[level])
-
-    def target(name: str, level: str) -> NDArray[Any]:
-        return _joined([getattr(t, name) for t in all_targets], cuts[level])
-
+    found = {
+        level: {name: _joined([own[level][name] for own in columns], cuts[level]) for name in columns[0][level]}
+        for level in columns[0]
+    }
+    draws = [run.shard.targets.draws for run in runs]
     samples = SampleBatch(
-        sample_id=sample("sample_id", "rows"),
-        source=[name for s, cut in zip(all_samples, cuts["rows"], strict=True) for name in s.source[cut]],
+        sample_id=found["rows"].pop("sample_id"),
+        source=[name for run in runs for name in run.shard.samples.source[run.first : run.last]],
         offsets=offsets["tokens"],
-        tokens=sample("tokens", "tokens"),
-        supervised=sample("supervised", "tokens"),
-        document=sample("document", "tokens"),
+        **found["tokens"],
     )
     return samples, TargetBatch(
         offsets=offsets["positions"],
-        count=target("count", "positions"),
-        id=target("id", "entries"),
-        logprob=target("logprob", "entries"),
-        draws=np.concatenate(draws, axis=1) if draws else None,
-        tail_mass=target("tail_mass", "positions"),
-        teacher_nll=target("teacher_nll", "rows"),
-        teacher_entropy=target("teacher_entropy", "rows"),
-        hidden={k: _joined([t.hidden[k] for t in all_targets], cuts["states"]) for k in first.hidden},
-        hidden_kept=None if first.hidden_kept is None else target("hidden_kept", "positions"),
-        attention={k: _joined([t.attention[k] for t in all_targets], cuts["weights"]) for k in first.attention},
-        attention_count=None if first.attention_count is None else target("attention_count", "positions"),
+        draws=None if draws[0] is None else _joined(draws, [(slice(None), cut) for cut in cuts["entries"]], axis=1),
+        hidden=found["states"],
+        attention=found["weights"],
+        **found["rows"],
+        **found["positions"],
+        **found["entries"],
     )
 
 
@@ -128,17 +140,18 @@ def _cuts(runs: Sequence[Run]) -> tuple[dict[str, list[slice]], dict[str, Int64A
     for level in BOUNDS:
         if unused.get(level):
             continue
-        bounds = [run.shard.bounds[level] for run in runs]
-        ends = [(int(b[run.first]), int(b[run.last])) for b, run in zip(bounds, runs, strict=True)]
-        cuts[level] = [slice(*pair) for pair in ends]
+        ends = [run.shard.bounds[level][run.first : run.last + 1].tolist() for run in runs]
+        cuts[level] = [slice(own[0], own[-1]) for own in ends]
         if level in {"tokens", "positions"}:
-            lengths = [
-                np.diff(b[run.first : run.last + 1]) if run.last - run.first > 1 else (pair[1] - pair[0],)
-                for b, run, pair in zip(bounds, runs, ends, strict=True)
-            ]
-            offsets[level] = offsets_of(np.concatenate(lengths))
+            joined = [0]
+            for own in ends:
+                shift = joined[-1] - own[0]
+                joined += [end + shift for end in own[1:]]
+            offsets[level] = np.asarray(joined, dtype=np.int64)
     return cuts, offsets
 
 
-def _joined(arrays: Sequence[NDArray[Any]], cuts: Sequence[slice]) -> NDArray[Any]:
-    return np.concatenate([array[cut] for array, cut in zip(arrays, cuts, strict=True)])
+def _joined(arrays: Sequence[Any], cuts: Sequence[Any], axis: int = 0) -> NDArray[Any]:
+    parts = [array[cut] for array, cut in zip(arrays, cuts, strict=True)]
+    # Rows that follow each other are one slice: a plain copy is quicker.
+    return parts[0].copy() if len(parts) == 1 else np.concatenate(parts, axis=axis)

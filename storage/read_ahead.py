@@ -47,9 +47,12 @@ def read_ahead(
             if not ahead:
                 return
             first = ahead.popleft()
-            pending -= isinstance(first, Future)
-            shard = first.result() if isinstance(first, Future) else read(first)
-            largest = max(largest, num_bytes(shard))
-            yield shard
+            if isinstance(first, Future):
+                pending -= 1
+                shard = first.result()
+                largest = max(largest, num_bytes(shard))
+                yield shard
+            else:
+                yield read(first)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

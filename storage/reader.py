@@ -146,7 +146,8 @@ class Dataset:
         uncopied: list[int] = []
         held_bytes = 0
         for shard, asked in zip(self._arriving(list(of_unit)), of_unit.values(), strict=True):
-            runs |= {n: Run(shard, wanted[n][1], wanted[n][2]) for n in asked}
+            for n in asked:
+                runs[n] = Run(shard, wanted[n][1], wanted[n][2])
             uncopied += asked
             held_bytes += shard.num_bytes
             if held_bytes > self.reading.memory_bytes // 4:

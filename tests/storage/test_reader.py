@@ -116,6 +116,30 @@ def test_every_memory_bound_reads_the_same(
         assert_same_unit(got, (everything[0].take(order), everything[1].take(order)))
 
 
+@pytest.mark.parametrize("memory_bytes", [1, 1 << 30], ids=["mapped", "in memory"])
+def test_batches_are_the_readers_to_change(
+    remote: str,
+    tmp_path: Path,
+    memory_bytes: int,
+    make_identity: MakeIdentity,
+    make_unit: MakeUnit,
+    assert_same_unit: SameUnit,
+) -> None:
+    identity = make_identity(hidden=["final"])
+    units = [make_unit(identity, 5, seed) for seed in range(2)]
+    write(remote, identity, units)
+    reading = Reading(disk_bytes=1 << 24, disk_folder=str(tmp_path), memory_bytes=memory_bytes)
+    dataset = Dataset.open(remote, identity, reading)
+    for _ in range(3):
+        for unit in units:
+            samples, targets = dataset.read(unit[0].ids())  # one run of rows
+            assert_same_unit((samples, targets), unit)
+            for array in [*vars(samples).values(), *vars(targets).values(), *targets.hidden.values()]:
+                if isinstance(array, np.ndarray):
+                    assert array.base is None
+                    array[...] = 0
+
+
 def test_remote_shards_are_fetched_once_for_all_processes(
     remote: str, tmp_path: Path, make_identity: MakeIdentity, make_unit: MakeUnit, assert_same_unit: SameUnit
 ) -> None:
