@@ -7,12 +7,12 @@
 Install the peers with the extra `bench` and `pip install --no-deps mosaicml-streaming==0.13.0`; those that are missing
 are left out.
 
-Every measurement runs in a process of its own. `first_pass` is from opening to the end of the first pass with nothing
-kept from before (the system's page cache is warm); `next_passes` is the median of the passes after it. The same per
-second of the process's own CPU time, all its threads together, ends in `_cpu`: it holds on a busy machine too. A random
-order is another permutation of all samples in every pass, or the reader's own shuffle. `tokens` are those of the
-windows. The S3 server is moto's, in a process of its own. The dataset is compacted, for the others have their index
-too.
+Every measurement runs in a process of its own, after one of each library that nobody counts. `first_pass` is from
+opening to the end of the first pass with nothing kept from before (the system's page cache is warm, libraries are
+imported); `next_passes` is the median of the passes after it. The same per second of the process's own CPU time, all
+its threads together, ends in `_cpu`: it holds on a busy machine too. A random order is another permutation of all
+samples in every pass, or the reader's own shuffle. `tokens` are those of the windows. The S3 server is moto's, in a
+process of its own. The dataset is compacted, for the others have their index too.
 """
 
 import argparse
@@ -46,8 +46,20 @@ GOAL = 2.0
 WINDOW_TOKENS = 1024
 PER_UNIT = 64
 BATCH = 16
-VARIANTS = ("lectern", "mds", "mds-index", "mds-zstd", "litdata", "litdata-index", "litdata-zstd", "datasets")
-"""Readers; `-zstd`: compressed by its own option, `-index`: a random order by index instead of its own shuffle."""
+CHILD_LIMIT_S = 60
+VARIANTS = (
+    "lectern",
+    "mds",
+    "mds-index",
+    "mds-zstd",
+    "mds-checked",
+    "litdata",
+    "litdata-index",
+    "litdata-zstd",
+    "datasets",
+)
+"""Readers; `-zstd`: compressed by its own option, `-checked`: with a SHA-256 of each file besides, which it checks as
+Lectern does, `-index`: a random order by index instead of its own shuffle."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,8 @@ def main() -> None:
         args.readers = [reader for reader in args.readers.split(",") if _installed(reader)]
         sizes = _write_all(folder, args.samples, args.readers)
         print(json.dumps({"bytes": sizes, "samples": args.samples, "window_tokens": WINDOW_TOKENS}), flush=True)
+        for reader in {reader.partition("-")[0]: reader for reader in args.readers}.values():
+            _run(Task(reader, "folder", "stored", f"{folder}/{_form(reader)}", args.samples, 1))
         results = []
         for store in args.stores.split(","):
             with _served(folder, store) as place:
@@ -108,7 +122,7 @@ def _write_all(folder: Path, num_samples: int, readers: list[str]) -> dict[str, 
     from reading.readers import row_of, write_litdata, write_mds
 
     num_units = num_samples // PER_UNIT
-    forms = {"lectern", *(reader.removesuffix("-index") for reader in readers)} - {"datasets"}
+    forms = {"lectern", *(_form(reader) for reader in readers)}
     if all((folder / form).exists() for form in forms):
         return _sizes(folder)
     units = [make_rows(PER_UNIT, WINDOW_TOKENS, seed) for seed in range(num_units)]
@@ -118,9 +132,10 @@ def _write_all(folder: Path, num_samples: int, readers: list[str]) -> dict[str, 
     compact(writer.store, writer.info)
     (folder / "spec.json").write_text(json.dumps({"per_unit": PER_UNIT, "window_tokens": WINDOW_TOKENS}))
     for form in sorted(forms - {"lectern"}):
-        compression = "zstd" if form.endswith("-zstd") else None
+        compression = "zstd" if "-" in form else None
         if form.startswith("mds"):
-            write_mds(folder / form, (row_of(*unit, n) for unit in units for n in range(PER_UNIT)), compression)
+            hashes = ["sha256"] if form.endswith("-checked") else []
+            write_mds(folder / form, (row_of(*unit, n) for unit in units for n in range(PER_UNIT)), compression, hashes)
         elif form.startswith("litdata"):
             write_litdata(folder / form, folder, num_units, compression)
     return _sizes(folder)
@@ -139,17 +154,27 @@ def _run_all(args: argparse.Namespace, store: str, place: str) -> Iterator[dict[
         for reader in args.readers:
             if order == "stored" and reader.endswith("-index"):
                 continue
-            form = "lectern" if reader == "datasets" else reader.removesuffix("-index")
-            task = Task(reader, store, order, f"{place}/{form}", args.samples, args.passes)
-            command = [sys.executable, __file__, "--child", json.dumps(asdict(task))]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-            if done.returncode:
-                result = {"error": done.stderr.strip().splitlines()[-1:]}
-            else:
-                result = json.loads(done.stdout.strip().splitlines()[-1])
-            line = {"reader": reader, "store": store, "order": order, **result}
+            task = Task(reader, store, order, f"{place}/{_form(reader)}", args.samples, args.passes)
+            line = {"reader": reader, "store": store, "order": order, **_run(task)}
             print(json.dumps(line), flush=True)
             yield line
+
+
+def _form(reader: str) -> str:
+    """Return the folder of the rows that a reader reads."""
+    return "lectern" if reader == "datasets" else reader.removesuffix("-index")
+
+
+def _run(task: Task) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--child", json.dumps(asdict(task))]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return {"error": [f"not done within {CHILD_LIMIT_S} s"]}
+    if done.returncode:
+        return {"error": done.stderr.strip().splitlines()[-1:]}
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
 
 
 def _measure(task: Task) -> dict[str, Any]:
