@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import LecternError, WorkerError
-from trainer.collective import rebuild_error
+from storage.object_store import Store
+from trainer.checkpoint import newest
+from trainer.collective import everyones, rebuild_error
 from trainer.engine import Place
 from trainer.loop import run_rank
 from trainer.spec import LoopSpec
@@ -88,13 +90,15 @@ def ray_train_loop(config: dict[str, Any]) -> dict[str, Any]:
         ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(str(folder)))
 
     def restore() -> AbstractContextManager[Any]:
-        # After a failure within this fit Ray Train knows a newer checkpoint than the driver did.
-        newer = ray.train.get_checkpoint()
-        if newer is None and spec.resume is None:
+        # Not the newest that Ray Train knows of: it takes seconds to note one that all ranks have written.
+        found = newest(Store(spec.run_dir).child(f"checkpoints/{spec.name}")) if place.rank == 0 else None
+        name = everyones(found and found[0])[0]
+        if name is None:
             return contextlib.nullcontext()
         path, filesystem = checkpoint_storage(spec.run_dir)
-        ours = ray.train.Checkpoint(f"{path}/{spec.name}/{spec.resume}", filesystem)
-        opened: AbstractContextManager[Any] = (newer or ours).as_directory()
+        opened: AbstractContextManager[Any] = ray.train.Checkpoint(
+            f"{path}/{spec.name}/{name}", filesystem
+        ).as_directory()
         return opened
 
     def going() -> list[str]:

@@ -54,8 +54,8 @@ def train_student(training: Training, on_event: Event) -> TrainResult:
     if done is not None:
         return done
     training, folder, order, aligner = _checked(training, samples)
-    resume, at = _resume_point(Store(run_dir).child(f"checkpoints/{name}"), facts)
-    spec = replace(_spec(training, folder, facts, resume), aligner=aligner)
+    at = _resume_point(Store(run_dir).child(f"checkpoints/{name}"), facts)
+    spec = replace(_spec(training, folder, facts), aligner=aligner)
     on_event({"event": "train_start", "run": name, "step": at, "steps": steps})
     with _followed(run_dir, name, steps, on_event):
         figures = fit(spec)
@@ -102,7 +102,7 @@ def _checked(training: Training, samples: SampleSet) -> tuple[Training, str | No
     return training, folder, order, aligner
 
 
-def _spec(training: Training, folder: str | None, facts: dict[str, Any], resume: str | None) -> LoopSpec:
+def _spec(training: Training, folder: str | None, facts: dict[str, Any]) -> LoopSpec:
     return LoopSpec(
         name=training.name,
         student=training.student,
@@ -117,7 +117,6 @@ def _spec(training: Training, folder: str | None, facts: dict[str, Any], resume:
         reading=replace(training.reading, layers=(*training.train.loss.layers, *training.train.loss.attention_layers)),
         facts=facts,
         labels=dict(training.labels),
-        resume=resume,
         mixing=None if training.mixing is None else tuple(training.mixing),
         earlier=dict(training.earlier),
         left_out=tuple(training.left_out),
@@ -203,8 +202,8 @@ def _check_layers(dataset: DatasetUnion, loss: LossConfig) -> None:
             )
 
 
-def _resume_point(store: Store, facts: dict[str, Any]) -> tuple[str | None, int]:
-    """Return name and step of the checkpoint to resume from, and delete all others.
+def _resume_point(store: Store, facts: dict[str, Any]) -> int:
+    """Return the step of the checkpoint to resume from, 0 where there is none, and delete all others.
 
     Ray Train's own list of checkpoints is set aside: it is not replaced atomically, and lags behind what is whole.
     """
@@ -212,7 +211,7 @@ def _resume_point(store: Store, facts: dict[str, Any]) -> tuple[str | None, int]
     if found is not None:
         require_same_config(facts, found[1].config, store.shown(found[0]))
     checkpoint.keep_only(store, found[0] if found else None)
-    return (found[0], found[1].step) if found else (None, 0)
+    return found[1].step if found else 0
 
 
 def _result(figures: dict[str, Any], spec: LoopSpec, order: PlannedOrder, resumed_from: int) -> TrainResult:

@@ -74,8 +74,6 @@ class LoopSpec:
     """What the run depends on, kept in every checkpoint."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """What the nodes of the ranks must carry."""
-    resume: str | None = None
-    """Name of the checkpoint below `<run_dir>/checkpoints/<name>` that this attempt starts from."""
     mixing: tuple[dict[str, Any], ...] | None = None
     """Decisions on the mixture that this run follows instead of making its own."""
     earlier: Mapping[str, float] = field(default_factory=dict)

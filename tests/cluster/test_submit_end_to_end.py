@@ -20,9 +20,11 @@ import yaml
 
 from cluster.loader import load_config
 from cluster.selection import capture_rows
+from storage.object_store import Store
 from storage.reader import Dataset
 from storage.sample_set import SampleSet
 from tests.cluster.test_end_to_end import CONFIG
+from trainer.checkpoint import newest
 from trainer.curriculum import planned_order
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -229,7 +231,7 @@ def test_a_run_from_a_laptop(site: Site, tmp_path: Path) -> None:
     assert '"replica_lost"' in events.read_text()
     site.tell("warn TrainWorker")
     wait_for(events, '"node_warned"')
-    wait_for_folder(site.folder / "out" / "run" / "checkpoints" / "student", "checkpoint_*/*")
+    wait_for_checkpoint(site.folder / "out" / "run" / "checkpoints" / "student")
     site.tell("take")
     wait_for(events, '"stage": "evaluate"')
     site.tell("take score_models")
@@ -246,11 +248,11 @@ def test_a_run_from_a_laptop(site: Site, tmp_path: Path) -> None:
     nothing_secret_is_written(site)
 
 
-def wait_for_folder(folder: Path, pattern: str, timeout_s: float = 120) -> None:
-    """Wait until a folder holds a file of a pattern."""
+def wait_for_checkpoint(folder: Path, timeout_s: float = 120) -> None:
+    """Wait until a folder holds a whole checkpoint: one that is still being written is lost with its node."""
     deadline = time.monotonic() + timeout_s
-    while not (folder.exists() and any(folder.glob(pattern))):
-        assert time.monotonic() < deadline, f"no {pattern} came into {folder}"
+    while not (folder.exists() and newest(Store(str(folder)))):
+        assert time.monotonic() < deadline, f"no checkpoint came into {folder}"
         time.sleep(0.2)
 
 
