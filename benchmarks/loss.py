@@ -62,6 +62,7 @@ class Problem:
             id=((start + stride * torch.arange(size)) % vocabulary).flatten(),
             estimate=share.flatten(),
             logprob=share.log().flatten(),
+            drawn=(torch.arange(size) >= BEST).repeat(tokens),
             tail_mass=torch.full((tokens,), 0.1),
             entropy=torch.zeros(tokens),
         )
@@ -79,7 +80,7 @@ def cross_entropy(problem: Problem) -> Tensor:
 
 def distillation(problem: Problem) -> Tensor:
     """Cross-entropy and forward KL on sparse targets."""
-    terms = HeadTerms(0.1, [(0.9, ForwardKL())])
+    terms = HeadTerms(0.1, [(0.9, ForwardKL(0.5))])
     return head_loss(problem.hidden, problem.weight, None, problem.targets, terms)[0]
 
 

@@ -43,6 +43,7 @@ def read_targets(row: dict[str, Any]) -> SparseTargets:
         id=torch.tensor(row["target_id"]),
         estimate=torch.where(drawn, mass[position] * share, logprob.exp()),
         logprob=logprob,
+        drawn=drawn,
         tail_mass=tail,
         entropy=torch.full_like(tail, row["teacher_entropy"]),
     )
@@ -67,7 +68,7 @@ def train(dataset: Path, student: Path, out: Path, batch: int = 8, learning_rate
     """Pass over the dataset once and save the student; returns the loss of each step, nats per supervised token."""
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    terms = HeadTerms(cross_entropy=0.1, divergences=[(0.9, ForwardKL())])
+    terms = HeadTerms(cross_entropy=0.1, divergences=[(0.9, ForwardKL(draw_weight=0.5))])
     head, samples, losses = model.get_output_embeddings(), list(read_samples(dataset)), []
     for first in range(0, len(samples), batch):
         rows = samples[first : first + batch]

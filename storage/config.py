@@ -8,7 +8,7 @@ from storage.settings import Settings, added
 
 Codec = Literal["plain", "compact"]
 """How the entries are packed."""
-Kind = Literal["topk", "hybrid", "sampled", "dense", "text"]
+Kind = Literal["topk", "hybrid", "hybrid_counts", "sampled", "dense", "text"]
 """Which entries are kept at each position."""
 HiddenDtype = Literal["float32", "float16", "bfloat16", "int8"]
 """Stored precision of hidden states."""
@@ -93,12 +93,14 @@ class CacheConfig(Settings):
     """Further datasets with the same tokenizer, of any teacher and kind. What they hold is not scored again: of all
     datasets that hold a sample the first one serves it, `cache.url` before these, in the order of this list."""
     kind: Kind = "hybrid"
-    """`topk`: the k best entries + tail; `hybrid`: exact k best + draws from the rest; `sampled`: draws alone; `dense`:
-    all entries; `text`: no probabilities, for training on text that the teacher wrote."""
+    """`topk`: the k best entries + tail; `hybrid`: exact k best + draws from the rest, with their log-probabilities;
+    `hybrid_counts`: of the draws only how often each entry was drawn, about half of the bytes, for forward KL alone;
+    `sampled`: draws alone; `dense`: all entries; `text`: no probabilities, for training on text that the teacher
+    wrote."""
     top_k: int = Field(default=12, ge=1, le=65_535)
-    """Entries kept for their rank at each position (kinds `topk` and `hybrid`)."""
+    """Entries kept for their rank at each position (kinds `topk` and `hybrid…`)."""
     draws: int = Field(default=12, ge=1, le=255)
-    """Draws at each position by systematic resampling (kinds `hybrid` and `sampled`)."""
+    """Draws at each position by systematic resampling (kinds `hybrid…` and `sampled`)."""
     draw_sets: int = Field(default=1, ge=1, le=16)
     """Independent sets of draws; each pass of a training over a sample uses the next one, so that the noise of the
     draws is not seen over and over."""

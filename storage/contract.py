@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from storage.errors import IntegrityError
 from storage.hidden import NUMPY_DTYPES, attention_lengths, bad_states, kept_positions, state_width
-from storage.identity import DatasetIdentity
+from storage.identity import HEAD_KINDS, DatasetIdentity
 from storage.samples import ID_BYTES, BoolArray, SampleBatch, compute_sample_id, offsets_of
 from storage.schema import max_entries
 from storage.targets import TargetBatch
@@ -158,7 +158,7 @@ def _check_entries(samples: SampleBatch, targets: TargetBatch, identity: Dataset
 
 def _check_draws(samples: SampleBatch, targets: TargetBatch, identity: DatasetIdentity) -> None:
     assert targets.draws is not None
-    draws, hybrid = identity.capture.draws, identity.capture.kind == "hybrid"
+    draws, hybrid = identity.capture.draws, identity.capture.kind in HEAD_KINDS
     if targets.num_positions:
         sums = np.add.reduceat(targets.draws.astype(np.int64), targets.entry_offsets[:-1], axis=1)
         # None at all is right where a head holds the whole mass, so that nothing is left to draw from.

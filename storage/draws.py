@@ -19,9 +19,7 @@ def estimate(targets: TargetBatch, kind: str) -> Float32Array:
     share = times / np.maximum(_sums(times, row, len(targets.count)), 1.0)[row]
     if kind == "sampled":
         return np.asarray(share, dtype=np.float32)
-    drawn = times > 0
-    mass = targets.tail_mass.astype(np.float32) + _sums(probability * drawn, row, len(targets.count))
-    return np.where(drawn, mass[row] * share, probability)
+    return np.where(times > 0, mass_drawn_from(targets)[row] * share, probability)
 
 
 def draw_set(targets: TargetBatch, kind: str, sets: Int64Array) -> TargetBatch:
@@ -38,7 +36,7 @@ def draw_set(targets: TargetBatch, kind: str, sets: Int64Array) -> TargetBatch:
     size = len(targets.count)
     count = np.bincount(row[kept], minlength=size).astype(np.int32)
     if kind == "sampled":
-        logprob, tail = sampled_logprob(draws[:, kept], count), targets.tail_mass
+        logprob, tail = drawn_logprob(draws[:, kept], count), targets.tail_mass
     else:
         lost = _sums(np.exp(targets.logprob.astype(np.float32)) * ~kept, row, size)
         logprob = targets.logprob[kept]
@@ -46,11 +44,26 @@ def draw_set(targets: TargetBatch, kind: str, sets: Int64Array) -> TargetBatch:
     return replace(targets, count=count, id=targets.id[kept], logprob=logprob, draws=draws[:, kept], tail_mass=tail)
 
 
-def sampled_logprob(draws: UInt8Array, count: Int32Array) -> Float16Array:
-    """Return log t̂ of the entries of kind `sampled`, [E], from their draws [R, E] and the counts [P]."""
+def drawn_logprob(draws: UInt8Array, count: Int32Array, mass: Float32Array | None = None) -> Float16Array:
+    """Return log t̂ of drawn entries, [E], over all sets, −∞ where an entry was never drawn.
+
+    Args:
+        draws: [R, E].
+        count: entries of each position, [P].
+        mass: what the draws of each position share, [P]; none: 1.
+    """
     row = _rows(count)
     times = draws.sum(axis=0, dtype=np.float32)
-    return np.asarray(np.log(times / _sums(times, row, len(count))[row]), dtype=np.float16)
+    share = times / np.maximum(_sums(times, row, len(count)), 1.0)[row]
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.log(share if mass is None else share * mass[row]), dtype=np.float16)
+
+
+def mass_drawn_from(targets: TargetBatch) -> Float32Array:
+    """Return the teacher's mass outside the head, which the draws share, [P]."""
+    drawn = np.zeros(len(targets.id), np.bool_) if targets.draws is None else targets.draws.any(axis=0)
+    probability: Float32Array = np.exp(targets.logprob.astype(np.float32)) * drawn
+    return targets.tail_mass.astype(np.float32) + _sums(probability, _rows(targets.count), len(targets.count))
 
 
 def _rows(count: Int32Array) -> Int64Array:

@@ -27,8 +27,12 @@ _CHUNK_BYTES = 1 << 24
 Task = Literal["next_token", "token_classification", "sequence_classification"]
 """What a teacher's distributions are over: the next token, or classes of a token or of a whole text."""
 
-DRAWN_KINDS = frozenset({"hybrid", "sampled"})
+DRAWN_KINDS = frozenset({"hybrid", "hybrid_counts", "sampled"})
 """Kinds that hold draws."""
+COUNTED_KINDS = frozenset({"hybrid_counts", "sampled"})
+"""Kinds that know of drawn entries only how often they were drawn."""
+HEAD_KINDS = frozenset({"topk", "hybrid", "hybrid_counts"})
+"""Kinds that hold the best entries."""
 
 
 class TeacherIdentity(Settings):
@@ -89,7 +93,7 @@ class CaptureIdentity(Settings):
         sampled = cache.kind in DRAWN_KINDS
         return cls(
             kind=cache.kind,
-            top_k=cache.top_k if cache.kind in {"topk", "hybrid"} else None,
+            top_k=cache.top_k if cache.kind in HEAD_KINDS else None,
             draws=cache.draws if sampled else None,
             draw_sets=cache.draw_sets if sampled else 1,
             seed=cache.seed if sampled else None,
@@ -103,7 +107,7 @@ class CaptureIdentity(Settings):
     @model_validator(mode="after")
     def _only_what_applies(self) -> Self:
         needed = {
-            "top_k": self.kind in {"topk", "hybrid"},
+            "top_k": self.kind in HEAD_KINDS,
             "draws": self.kind in DRAWN_KINDS,
             "seed": self.kind in DRAWN_KINDS,
         }

@@ -8,10 +8,12 @@ How an estimate t̂ of the teacher's distribution is read from the entries, per 
 * `topk`, `dense`: t̂ = exp(logprob) on the entries, `tail_mass` beyond them.
 * `hybrid`: entries that were never drawn are the exact head, t̂ = exp(logprob). The n draws of a set share the mass
   outside the head, M = tail_mass + Σ exp(logprob of drawn entries): t̂ = M · draws / n.
+* `hybrid_counts`: the same estimate, but the log-probabilities of drawn entries are not the teacher's: they are the log
+  of t̂ itself, over all sets, so that they and the head leave a `tail_mass` of 0.
 * `sampled`: t̂ = draws / n; `logprob` is the log of this, over all sets, and `tail_mass` is 0: neither is stored.
 * `text`: no entries, and so a `tail_mass` of 1.
 
-`hybrid` and `sampled` are unbiased for any loss linear in t̂. R independent sets of draws lie side by side: the entries
+`hybrid…` and `sampled` are unbiased for any loss linear in t̂. R independent sets of draws lie side by side: the entries
 are those of all sets, and `draw_set` gives one of them by itself.
 """
 

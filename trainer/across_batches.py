@@ -60,6 +60,7 @@ def labels_alone(label: Int64Array) -> SparseTargets:
         id=torch.zeros(0, dtype=torch.int64),
         estimate=torch.zeros(0),
         logprob=torch.zeros(0),
+        drawn=torch.zeros(0, dtype=torch.bool),
         tail_mass=torch.ones(count),
         entropy=torch.zeros(count),
     )

@@ -136,6 +136,7 @@ def sparse_targets(targets: TargetBatch, label: Int64Array, kind: str) -> Sparse
         id=torch.from_numpy(targets.id.astype(np.int64)),
         estimate=torch.from_numpy(estimate(targets, kind)),
         logprob=torch.from_numpy(targets.logprob.astype(np.float32)),
+        drawn=torch.from_numpy(np.zeros(len(targets.id), np.bool_) if targets.draws is None else targets.draws.any(0)),
         tail_mass=torch.from_numpy(targets.tail_mass.astype(np.float32)),
         entropy=torch.from_numpy(entropy),
     )
@@ -187,7 +188,7 @@ def join_targets(parts: Sequence[SparseTargets]) -> SparseTargets:
     ends = offsets_of([part.num_positions for part in parts])[1:].tolist()
     entries = offsets_of([len(part.id) for part in parts]).tolist()
     offsets = [part.entry_offsets[:-1] + first for part, first in zip(parts, entries, strict=False)]
-    names = ("label", "id", "estimate", "logprob", "tail_mass", "entropy")
+    names = ("label", "id", "estimate", "logprob", "drawn", "tail_mass", "entropy")
     return SparseTargets(
         kind=parts[0].kind if len(kinds) == 1 else "mixed",
         entry_offsets=torch.cat([*offsets, torch.tensor(entries[-1:])]),

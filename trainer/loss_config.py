@@ -105,6 +105,9 @@ class LossConfig(Settings):
     """Teacher's share of the mixture in `jsd`; 0 stands for forward, 1 for reverse KL."""
     skew: float = Field(default=0.1, gt=0.0, lt=1.0)
     """Share α of the first argument in the mixture of `skew_kl` and `reverse_skew_kl`."""
+    draw_weight: float = Field(default=0.5, gt=0.0, le=1.0)
+    """Of `forward_kl` on hybrid targets: how far the tail follows the draws; for the rest it is one bucket, which has
+    no noise. 1 takes the draws alone, unbiased and noisier; see docs/losses.md."""
     temperature: Positive = 1.0
     """Temperature T at which teacher and student are compared; value and gradient are multiplied by T². Other than 1
     it needs whole distributions: `exact`, or targets of kind `dense`."""

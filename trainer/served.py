@@ -20,7 +20,9 @@ class Fit:
 
 FITS: dict[str, Fit] = {
     # Linear in the teacher's probabilities, and so the one that draws serve: E[t̂] = t.
-    "forward_kl": Fit(("hybrid", "sampled", "topk", "dense"), ("hybrid", "sampled", "dense")),
+    "forward_kl": Fit(
+        ("hybrid", "hybrid_counts", "sampled", "topk", "dense"), ("hybrid", "hybrid_counts", "sampled", "dense")
+    ),
     # These need the log-probabilities that were stored, and take what is outside the entries as one bucket.
     **dict.fromkeys(("reverse_kl", "jsd", "skew_kl", "reverse_skew_kl", "adaptive_kl", "tvd"), Fit()),
     # Across tokenizers: the likelihood of the text's own tokens, where they were kept.

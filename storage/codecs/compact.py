@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from storage.codecs import plain
 from storage.codecs.codebook import Codebook, Ranking, Ranks
@@ -28,16 +29,18 @@ from storage.codecs.entries import (
 )
 from storage.codecs.integers import Coder, Layout, Recorder, Unpacker
 from storage.contract import check_contract
-from storage.draws import sampled_logprob
+from storage.draws import drawn_logprob, mass_drawn_from
 from storage.errors import IntegrityError
-from storage.identity import DatasetIdentity
-from storage.samples import BoolArray, Int64Array, SampleBatch, offsets_of
+from storage.identity import COUNTED_KINDS, DRAWN_KINDS, DatasetIdentity
+from storage.samples import BoolArray, Int32Array, Int64Array, SampleBatch, UInt8Array, offsets_of
 from storage.targets import Float16Array, TargetBatch
 
 LOGPROB_ERROR = 0.01
 """Bound of what rounding to steps and to float16 changes, in nats, for log-probabilities above −16."""
 LANE_POSITIONS = 64
 """Positions that share a lane."""
+LEAST_MASS = 1e-7
+"""Least mass that draws share: what has none was not drawn from."""
 MAX_STEPS = 1 << 22
 """No float16 lies further below 0 than this many steps."""
 
@@ -48,9 +51,9 @@ class Entries:
 
     head: Group
     drawn: Group
-    steps: Int64Array  # [E], −log p in steps; the head's entries of all positions, then the drawn ones
+    steps: Int64Array  # −log p in steps, of the head's entries of all positions, then of the drawn ones where stored
     draws: Int64Array  # [R, entries drawn]
-    tail: Int64Array  # [P], 0 where there is none, else 1 + −log of it in steps
+    tail: Int64Array  # [P], mass outside what has steps; 0 where there is none, else 1 + −log of it in steps
 
 
 def encode(samples: SampleBatch, targets: TargetBatch, identity: DatasetIdentity) -> pa.Table:
@@ -86,18 +89,26 @@ def quantised(targets: TargetBatch, kind: str) -> TargetBatch:
     head = _is_head(targets)
     steps = np.zeros(len(owner), np.int64) if kind == "sampled" else _steps(targets.logprob)
     order = np.lexsort((targets.id, np.where(head, steps, 0), ~head, owner))
-    exact = kind == "sampled"
-    return replace(
-        targets,
-        id=targets.id[order],
-        logprob=targets.logprob[order] if exact else _logprob(steps[order]),
-        draws=None if targets.draws is None else targets.draws[:, order],
-        tail_mass=targets.tail_mass if exact else _tail_mass(_tail_steps(targets.tail_mass)),
-    )
+    draws = None if targets.draws is None else targets.draws[:, order]
+    logprob, tail_mass = _probabilities(kind, steps[order], _tail_steps(targets, kind), draws, targets.count)
+    return replace(targets, id=targets.id[order], logprob=logprob, draws=draws, tail_mass=tail_mass)
+
+
+def _probabilities(
+    kind: str, steps: Int64Array, tail: Int64Array, draws: UInt8Array | None, count: Int32Array
+) -> tuple[Float16Array, Float16Array]:
+    """Return log-probabilities [E] and tail masses [P], given both in steps; steps of the drawn do not count where
+    these are known by their number alone."""
+    mass = np.where(tail > 0, np.exp(-(tail - 1) * LOGPROB_STEP), 0).astype(np.float32)
+    if kind not in COUNTED_KINDS:
+        return _logprob(steps), mass.astype(np.float16)
+    assert draws is not None
+    drawn = drawn_logprob(draws, count, None if kind == "sampled" else mass)
+    return np.where(draws.any(axis=0), drawn, _logprob(steps)), np.zeros(len(count), np.float16)
 
 
 def pack(samples: SampleBatch, targets: TargetBatch, kind: str, vocab_size: int) -> tuple[bytes, list[bytes]]:
-    """Return the codebook and the packed value of each sample; targets of kind `topk`, `hybrid` or `sampled`."""
+    """Return the codebook and the packed value of each sample; targets of any kind with a few entries."""
     layout, before, label = _positions(samples)
     owner = np.repeat(np.arange(targets.num_positions), targets.count)
     ranks = Ranks.count(before, owner, targets.id, vocab_size)
@@ -136,7 +147,7 @@ def _code(
     everywhere = np.ones(size, dtype=np.bool_)
     if kind != "sampled":
         head = code_group(coder, places, ranking, known.head if known else None, HEAD, everywhere)
-    if kind in {"sampled", "hybrid"}:
+    if kind in DRAWN_KINDS:
         drawn = code_group(coder, places, ranking, known.drawn if known else None, DRAWN, ~head.has_label)
     steps = np.zeros(0, dtype=np.int64)
     draws = np.zeros((max(deal[1], 1), 0), dtype=np.int64)
@@ -144,11 +155,12 @@ def _code(
     split = len(head.id)
     if kind != "sampled":
         level, above = code_head_logprobs(coder, places, head, known.steps[:split] if known else None)
-        below = code_drawn_logprobs(coder, places, drawn, level, known.steps[split:] if known else None)
-        steps = np.concatenate([above, below])
-        owner = np.concatenate([head.owner, drawn.owner])
+        steps, owner = above, head.owner
+        if kind == "hybrid":
+            below = code_drawn_logprobs(coder, places, drawn, level, known.steps[split:] if known else None)
+            steps, owner = np.concatenate([above, below]), np.concatenate([owner, drawn.owner])
         tail = code_tail(coder, places, owner, steps, known.tail if known else None)
-    if kind in {"sampled", "hybrid"}:
+    if kind in DRAWN_KINDS:
         draws = code_draws(coder, places, drawn, deal, known.draws if known else None)
     return Entries(head, drawn, steps, draws, tail)
 
@@ -176,9 +188,10 @@ def _entries(targets: TargetBatch, places: Places, ranking: Ranking, kind: str) 
         group, order = arrange(places, ranking, count, targets.id[at].astype(np.int64))
         groups.append(group)
         picked.append(at[order])
-    steps = np.zeros(0, np.int64) if kind == "sampled" else _steps(targets.logprob)[np.concatenate(picked)]
+    stored = {"sampled": [], "hybrid_counts": picked[:1]}.get(kind, picked)
+    steps = _steps(targets.logprob)[np.concatenate([np.zeros(0, np.int64), *stored])]
     draws = np.zeros((1, 0), np.int64) if targets.draws is None else targets.draws[:, picked[1]].astype(np.int64)
-    return Entries(groups[0], groups[1], steps, draws, _tail_steps(targets.tail_mass))
+    return Entries(groups[0], groups[1], steps, draws, _tail_steps(targets, kind))
 
 
 def _fields(entries: Entries, kind: str) -> dict[str, Any]:
@@ -186,20 +199,17 @@ def _fields(entries: Entries, kind: str) -> dict[str, Any]:
     ids = np.concatenate([entries.head.id, entries.drawn.id])
     owner = np.concatenate([entries.head.owner, entries.drawn.owner])
     is_drawn = np.arange(len(ids)) >= len(entries.head.id)
-    steps = entries.steps if len(entries.steps) else np.zeros(len(ids), np.int64)
+    steps = np.zeros(len(ids), np.int64)
+    steps[: len(entries.steps)] = entries.steps
     order = np.lexsort((ids, np.where(is_drawn, 0, steps), is_drawn, owner))
     count = (entries.head.count + entries.drawn.count).astype(np.int32)
     draws = None
-    if kind in {"sampled", "hybrid"}:
+    if kind in DRAWN_KINDS:
         padded = [np.zeros((len(entries.draws), len(entries.head.id)), np.int64), entries.draws]
         if entries.draws.max(initial=0) > 255:
             raise IntegrityError("a packed stream draws an entry more than 255 times")
         draws = np.concatenate(padded, axis=1)[:, order].astype(np.uint8)
-    if kind == "sampled":
-        assert draws is not None
-        logprob, tail_mass = sampled_logprob(draws, count), np.zeros(len(count), np.float16)
-    else:
-        logprob, tail_mass = _logprob(steps[order]), _tail_mass(entries.tail)
+    logprob, tail_mass = _probabilities(kind, steps[order], entries.tail, draws, count)
     return {
         "count": count,
         "id": ids[order].astype(np.int32),
@@ -209,7 +219,7 @@ def _fields(entries: Entries, kind: str) -> dict[str, Any]:
     }
 
 
-def _steps(logprob: Float16Array) -> Int64Array:
+def _steps(logprob: NDArray[np.floating[Any]]) -> Int64Array:
     return np.rint(np.maximum(-logprob.astype(np.float64), 0) / LOGPROB_STEP).astype(np.int64)
 
 
@@ -219,10 +229,11 @@ def _logprob(steps: Int64Array) -> Float16Array:
     return (-steps * LOGPROB_STEP).astype(np.float16) + np.float16(0)
 
 
-def _tail_steps(tail_mass: Float16Array) -> Int64Array:
-    mass = tail_mass.astype(np.float64)
-    return np.where(mass > 0, 1 + _steps(np.log(np.where(mass > 0, mass, 1)).astype(np.float64)), 0)
-
-
-def _tail_mass(steps: Int64Array) -> Float16Array:
-    return np.where(steps > 0, np.exp(-(steps - 1) * LOGPROB_STEP), 0).astype(np.float16)
+def _tail_steps(targets: TargetBatch, kind: str) -> Int64Array:
+    """Return the steps of the mass outside what has log-probabilities of its own, [P]."""
+    if kind == "hybrid_counts":
+        mass = mass_drawn_from(targets).astype(np.float64)
+        mass = np.where(mass > 0, np.maximum(mass, LEAST_MASS), 0)
+    else:
+        mass = targets.tail_mass.astype(np.float64)
+    return np.where(mass > 0, 1 + _steps(np.log(np.where(mass > 0, mass, 1))), 0)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from storage.codecs.states import read_state_columns, state_columns, state_layouts
 from storage.config import Codec
 from storage.contract import check_contract
-from storage.draws import sampled_logprob
+from storage.draws import drawn_logprob
 from storage.errors import InputError, IntegrityError
 from storage.identity import DatasetIdentity
 from storage.samples import ID_BYTES, Int16Array, Int64Array, SampleBatch, offsets_of, ragged_index
@@ -210,7 +210,7 @@ def _read_entries(table: pa.Table, kind: str, _: SampleBatch) -> dict[str, Any]:
             raise ValueError("there are no draws")
         if draws.shape[1] != int(count.sum()):
             raise ValueError(f"{draws.shape[1]} draws for {int(count.sum())} entries")
-        logprob, tail_mass, tail_offsets = sampled_logprob(draws, count), np.zeros(len(count), np.float16), offsets
+        logprob, tail_mass, tail_offsets = drawn_logprob(draws, count), np.zeros(len(count), np.float16), offsets
     else:
         logprob = _flat(table, "target_logprob", np.float16)[0]
         tail_mass, tail_offsets = _flat(table, "tail_mass", np.float16)

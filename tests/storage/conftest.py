@@ -11,8 +11,15 @@ import numpy as np
 import pytest
 from storage_faults import FlakyFileSystem
 
-from storage.draws import sampled_logprob
-from storage.identity import CaptureIdentity, DatasetIdentity, TeacherIdentity, TokenizerIdentity
+from storage.draws import drawn_logprob
+from storage.identity import (
+    DRAWN_KINDS,
+    HEAD_KINDS,
+    CaptureIdentity,
+    DatasetIdentity,
+    TeacherIdentity,
+    TokenizerIdentity,
+)
 from storage.object_store import Store
 from storage.samples import Sample, SampleBatch, offsets_of
 from storage.targets import TargetBatch
@@ -26,10 +33,10 @@ def build_identity(
     """Return an identity; `fields` replace top_k, draws, seed, hidden_dtype, weights, …"""
     capture = {
         "kind": kind,
-        "top_k": fields.get("top_k", 6) if kind in {"topk", "hybrid"} else None,
-        "draws": fields.get("draws", 5) if kind in {"hybrid", "sampled"} else None,
-        "draw_sets": fields.get("draw_sets", 1) if kind in {"hybrid", "sampled"} else 1,
-        "seed": fields.get("seed", 0) if kind in {"hybrid", "sampled"} else None,
+        "top_k": fields.get("top_k", 6) if kind in HEAD_KINDS else None,
+        "draws": fields.get("draws", 5) if kind in DRAWN_KINDS else None,
+        "draw_sets": fields.get("draw_sets", 1) if kind in DRAWN_KINDS else 1,
+        "seed": fields.get("seed", 0) if kind in DRAWN_KINDS else None,
         "hidden": hidden or [],
         "hidden_dtype": fields.get("hidden_dtype", "float16") if hidden else None,
     }
@@ -86,12 +93,14 @@ def build_targets(
         kept = np.concatenate([head, np.flatnonzero(drawn.any(0))])
         count.append(len(kept))
         ids.append(kept)
+        if capture.kind == "hybrid_counts" and drawn.any():
+            p = np.where(drawn.any(0), rest.sum() * drawn.sum(0) / drawn.sum(), p)
         logprobs.append(np.log(p[kept]))
         draws.append(drawn[:, kept])
         tail.append(max(0.0, 1 - p[kept].sum()))
     all_draws = np.concatenate([np.zeros((capture.draw_sets, 0)), *draws], axis=1).astype(np.uint8)
     if capture.kind == "sampled":
-        logprobs = [sampled_logprob(all_draws, np.asarray(count, dtype=np.int32))]
+        logprobs = [drawn_logprob(all_draws, np.asarray(count, dtype=np.int32))]
         tail = [0.0] * len(count)
     return TargetBatch(
         offsets=offsets_of(per_sample),

@@ -28,7 +28,7 @@ Unit = tuple[SampleBatch, TargetBatch]
 MakeIdentity = Callable[..., DatasetIdentity]
 MakeUnit = Callable[..., Unit]
 SameUnit = Callable[[Unit, Unit], None]
-KINDS = ["topk", "hybrid", "sampled"]
+KINDS = ["topk", "hybrid", "hybrid_counts", "sampled"]
 
 
 @settings(max_examples=12)
@@ -85,7 +85,9 @@ def assert_within_bounds(targets: TargetBatch, kept: TargetBatch) -> None:
     by_id, kept_by_id = np.lexsort((targets.id, owner)), np.lexsort((kept.id, owner))
     np.testing.assert_array_equal(targets.id[by_id], kept.id[kept_by_id])
     error = np.abs(targets.logprob[by_id].astype(np.float64) - kept.logprob[kept_by_id].astype(np.float64))
-    assert error[targets.logprob[by_id] > -16].max(initial=0) <= LOGPROB_ERROR
+    # Without log-probabilities of their own, drawn entries follow the rounding of the mass that they share.
+    stated = np.where(targets.tail_mass.any() | (targets.draws is None), LOGPROB_ERROR, 2 * LOGPROB_ERROR)
+    assert error[targets.logprob[by_id] > -16].max(initial=0) <= stated
     if targets.draws is not None:
         np.testing.assert_array_equal(targets.draws[:, by_id], kept.draws[:, kept_by_id])
     tail = targets.tail_mass.astype(np.float64)

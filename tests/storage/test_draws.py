@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.contract import check_contract
-from storage.draws import draw_set, estimate, sampled_logprob
-from storage.identity import DatasetIdentity
+from storage.draws import draw_set, drawn_logprob, estimate
+from storage.identity import DRAWN_KINDS, DatasetIdentity
 from storage.samples import SampleBatch
 from storage.targets import TargetBatch
 
@@ -18,7 +18,7 @@ MakeUnit = Callable[..., tuple[SampleBatch, TargetBatch]]
 
 
 @settings(max_examples=25)
-@given(kind=st.sampled_from(["hybrid", "sampled"]), sets=st.integers(1, 4), seed=st.integers(0, 2**32 - 1))
+@given(kind=st.sampled_from(sorted(DRAWN_KINDS)), sets=st.integers(1, 4), seed=st.integers(0, 2**32 - 1))
 def test_one_set_keeps_the_contract_of_a_dataset_of_one_set(
     make_identity: MakeIdentity, make_unit: MakeUnit, kind: str, sets: int, seed: int
 ) -> None:
@@ -34,7 +34,7 @@ def test_one_set_keeps_the_contract_of_a_dataset_of_one_set(
         assert one.draws[0, kept].tolist() == [wanted[i] for i in one.id[kept].tolist()]
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "sampled"])
+@pytest.mark.parametrize("kind", ["hybrid", "hybrid_counts", "sampled"])
 @pytest.mark.parametrize("sets", [1, 3])
 def test_estimates_add_up_to_one(make_identity: MakeIdentity, make_unit: MakeUnit, kind: str, sets: int) -> None:
     _, targets = make_unit(make_identity(kind, draw_sets=sets))
@@ -49,5 +49,5 @@ def test_all_sets_together_are_their_mean(make_identity: MakeIdentity, make_unit
     _, targets = make_unit(make_identity("sampled", draw_sets=3))
     pooled = estimate(targets, "sampled")
     np.testing.assert_allclose(pooled, targets.draws.sum(0) / 15, rtol=1e-6)
-    logprob = sampled_logprob(targets.draws, targets.count).astype(np.float32)
+    logprob = drawn_logprob(targets.draws, targets.count).astype(np.float32)
     np.testing.assert_allclose(np.exp(logprob), pooled, rtol=2e-3)

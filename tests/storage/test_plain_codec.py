@@ -29,7 +29,7 @@ LAST_COLUMNS = ["tail_mass", "teacher_nll", "teacher_entropy"]
 
 @settings(max_examples=40)
 @given(
-    kind=st.sampled_from(["topk", "hybrid", "sampled", "dense", "text"]),
+    kind=st.sampled_from(["topk", "hybrid", "hybrid_counts", "sampled", "dense", "text"]),
     draw_sets=st.integers(1, 3),
     hidden=st.sampled_from([[], ["final"], ["final", "model.layers.3"]]),
     hidden_dtype=st.sampled_from(["float16", "bfloat16"]),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from storage.errors import InputError
 from storage.heads import Head
-from storage.identity import CaptureIdentity
+from storage.identity import DRAWN_KINDS, HEAD_KINDS, CaptureIdentity
 from trainer.loss_config import ACROSS, LossConfig
 from trainer.losses import DIVERGENCES, FullTeacher, HeadTerms, SparseTargets, chosen_divergence, head_loss, logits_loss
 from trainer.losses import full as full_module
@@ -65,8 +65,9 @@ def sparse(teacher: Tensor, kind: str, kept: int) -> SparseTargets:
         id=ids.flatten(),
         estimate=logprob.exp().flatten().float(),
         logprob=logprob.flatten().float(),
+        drawn=torch.zeros(P * kept, dtype=torch.bool),
         tail_mass=tail,
-        entropy=torch.zeros(P),
+        entropy=torch.special.entr(teacher.double().softmax(1)).sum(1).float(),
     )
 
 
@@ -179,8 +180,8 @@ def test_the_bucket_bounds_every_divergence_from_below() -> None:
 
 
 def capture(kind: str, **fields: object) -> CaptureIdentity:
-    drawn = kind in {"hybrid", "sampled"}
-    needed = {"top_k": 4 if kind in {"topk", "hybrid"} else None}
+    drawn = kind in DRAWN_KINDS
+    needed = {"top_k": 4 if kind in HEAD_KINDS else None}
     needed |= {"draws": 4, "seed": 0} if drawn else {}
     return CaptureIdentity.model_validate({"kind": kind, **needed, **fields})
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from storage.identity import COUNTED_KINDS
 from storage.samples import SampleBatch
 from storage.targets import TargetBatch
 from tests.trainer.tiny import targets_from_logits
@@ -15,7 +16,7 @@ from trainer.losses import head as head_module
 from trainer.losses.hidden import HiddenTransfer
 
 VOCAB, WIDTH = 64, 16
-KINDS = ["topk", "hybrid", "sampled", "dense"]
+KINDS = ["topk", "hybrid", "hybrid_counts", "sampled", "dense"]
 
 
 def problem(kind: str, seed: int = 0, top_k: int = 6, draws: int = 5) -> tuple[SparseTargets, np.ndarray, TargetBatch]:
@@ -43,7 +44,7 @@ def reference(student: Tensor, targets: SparseTargets, kl: float, ce: float) -> 
     known = torch.zeros_like(estimate)
     known[row, targets.id] = targets.logprob.double()
     divergence = (estimate * (known - logprob)).sum()
-    if targets.kind == "sampled":
+    if targets.kind in COUNTED_KINDS:
         divergence = -(estimate * logprob).sum() - targets.entropy.double().sum()
     if targets.kind == "topk":
         inside = torch.zeros_like(estimate, dtype=torch.bool)
@@ -116,7 +117,7 @@ def test_topk_gradient_is_that_of_the_full_divergence_inside_and_follows_the_tai
     assert 0 < total.item() < full.item()
 
 
-@pytest.mark.parametrize(("kind", "draws"), [("hybrid", 4), ("sampled", 12)])
+@pytest.mark.parametrize(("kind", "draws"), [("hybrid", 4), ("hybrid_counts", 4), ("sampled", 12)])
 def test_draws_are_unbiased_and_cut_topk_would_not_be(kind: str, draws: int) -> None:
     _, teacher, _ = problem(kind, top_k=3, draws=draws)
     t = torch.from_numpy(teacher).softmax(-1)
@@ -137,6 +138,45 @@ def test_draws_are_unbiased_and_cut_topk_would_not_be(kind: str, draws: int) -> 
     torch.testing.assert_close(mean.sum(-1), torch.ones(len(t), dtype=torch.float64), rtol=0, atol=1e-3)
     assert float((mean - t).abs().sum(-1).mean()) < 0.09
     assert float((estimates[0] - t).abs().sum(-1).mean()) > 0.3
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "hybrid_counts"])
+@pytest.mark.parametrize("weight", [0.25, 0.5, 1.0])
+def test_the_tail_follows_draws_and_students_own_tail_as_weighted(kind: str, weight: float) -> None:
+    targets, _, _ = problem(kind, top_k=3)
+    student = torch.randn(targets.num_positions, VOCAB, generator=torch.Generator().manual_seed(4))
+    logits = student.clone().requires_grad_()
+    total, _ = logits_loss(logits, targets, HeadTerms(0.0, [(1.0, ForwardKL(weight))]))
+    total.backward()
+    p, estimate = student.double().softmax(-1), dense_estimate(targets)
+    row = targets.rows()
+    head = torch.zeros_like(p, dtype=torch.bool)
+    head[row[~targets.drawn], targets.id[~targets.drawn]] = True
+    mass, own = (estimate * ~head).sum(-1, keepdim=True), p * ~head
+    tail = weight * estimate * ~head + (1 - weight) * mass * own / own.sum(-1, keepdim=True)
+    assert relative(logits.grad, p * estimate.sum(-1, keepdim=True) - estimate * head - tail) < 1e-5
+    if weight == 1:
+        assert total.item() == logits_loss(student, targets, HeadTerms(0.0, [(1.0, ForwardKL())]))[0].item()
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "hybrid_counts"])
+def test_draws_of_any_weight_pull_no_student_away_from_the_teacher(kind: str) -> None:
+    _, teacher, _ = problem(kind, top_k=3)
+    samples = SampleBatch.of([window([20, 15], 0)])
+    label = samples.tokens[samples.supervised].astype(np.int64)
+    means = []
+    for weight in (0.3, 1.0):
+        gradients = []
+        for seed in range(100):
+            targets = targets_from_logits(samples, teacher, kind, top_k=3, draws=4, seed=seed)
+            sparse = sparse_targets(targets, label, kind)
+            logits = torch.from_numpy(teacher).float().requires_grad_()
+            logits_loss(logits, sparse, HeadTerms(0.0, [(1.0, ForwardKL(weight))]))[0].backward()
+            gradients.append(logits.grad)
+        noise = torch.stack(gradients).std(0).norm() / 100**0.5
+        assert torch.stack(gradients).mean(0).norm() < 1.5 * noise + 5e-3
+        means.append(noise)
+    assert means[0] < 0.4 * means[1]
 
 
 def test_a_student_equal_to_the_teacher_has_no_loss_and_no_gradient() -> None:

@@ -10,9 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.config import DataConfig, SourceConfig
-from storage.draws import sampled_logprob
+from storage.draws import drawn_logprob
 from storage.hidden import attention_lengths
-from storage.identity import CaptureIdentity, DatasetIdentity, TeacherIdentity, TokenizerIdentity
+from storage.identity import (
+    DRAWN_KINDS,
+    HEAD_KINDS,
+    CaptureIdentity,
+    DatasetIdentity,
+    TeacherIdentity,
+    TokenizerIdentity,
+)
 from storage.reader import Dataset
 from storage.sample_set import SampleSet, prepare_samples
 from storage.samples import SampleBatch
@@ -139,10 +146,10 @@ def make_run(
         capture=CaptureIdentity.model_validate(
             {
                 "kind": kind,
-                "top_k": 6 if kind in {"topk", "hybrid"} else None,
-                "draws": 5 if kind in {"hybrid", "sampled"} else None,
+                "top_k": 6 if kind in HEAD_KINDS else None,
+                "draws": 5 if kind in DRAWN_KINDS else None,
                 "draw_sets": draw_sets,
-                "seed": 0 if kind in {"hybrid", "sampled"} else None,
+                "seed": 0 if kind in DRAWN_KINDS else None,
                 "hidden": sorted(hidden),
                 "hidden_dtype": "float16" if hidden else None,
                 "attention": sorted(attention),
@@ -205,7 +212,7 @@ def targets_from_logits(
     logprob = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
     logprob -= logits.max(1, keepdims=True)
     ids, logs, drawn, counts, tails = [], [], [], [], []
-    draws_of = {"hybrid": draws, "sampled": draws}.get(kind, 0)
+    draws_of = draws if kind in DRAWN_KINDS else 0
     for row in logprob:
         order = np.argsort(-row, kind="stable")
         head = order if kind == "dense" else order[: {"sampled": 0, "text": 0}.get(kind, top_k)]
@@ -218,6 +225,9 @@ def targets_from_logits(
             hits = np.stack([np.bincount(one, minlength=len(rest)) for one in found])
             head = np.concatenate([head, rest[hits.any(0)]])
             times = np.concatenate([times, hits[:, hits.any(0)]], axis=1)
+        if kind == "hybrid_counts":
+            row = np.where(np.isin(np.arange(len(row)), rest), -np.inf, row)
+            row[rest[hits.any(0)]] = np.log(mass.sum() * hits.sum(0)[hits.any(0)] / hits.sum())
         ids.append(head)
         logs.append(row[head])
         drawn.append(times)
@@ -228,7 +238,7 @@ def targets_from_logits(
     count = np.array(counts, dtype=np.int32)
     times = np.concatenate(drawn, axis=1).astype(np.uint8)
     if kind == "sampled":
-        logs, tails = [sampled_logprob(times, count)], [0.0] * positions
+        logs, tails = [drawn_logprob(times, count)], [0.0] * positions
     return TargetBatch(
         offsets=np.concatenate([[0], np.cumsum(samples.num_supervised())]).astype(np.int64),
         count=count,

@@ -1,6 +1,6 @@
 """Sparse targets on a device, and what a loss makes of a chunk of them."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -10,12 +10,13 @@ from torch import Tensor
 class SparseTargets:
     """Targets of P positions with E entries, as tensors; position p owns `entry_offsets[p]:entry_offsets[p+1]`."""
 
-    kind: str  # topk, hybrid, sampled, dense, text, or `mixed` where the positions' kinds differ
+    kind: str  # as in `storage.config.Kind`, or `mixed` where the positions' kinds differ
     label: Tensor  # int64 [P], the token that stands in the text
     entry_offsets: Tensor  # int64 [P + 1]
     id: Tensor  # int64 [E]
     estimate: Tensor  # float32 [E], t̂: estimated teacher probability of each entry
     logprob: Tensor  # float32 [E], teacher log-probability of each entry
+    drawn: Tensor  # bool [E], whether the entry was drawn rather than kept for its rank
     tail_mass: Tensor  # float32 [P], teacher probability outside the entries
     entropy: Tensor  # float32 [P], mean teacher entropy of the sample that the position belongs to
     runs: tuple[tuple[str, int], ...] = ()  # where mixed: (kind, position after its last), in order
@@ -53,6 +54,7 @@ class SparseTargets:
             id=self.id[begin:end],
             estimate=self.estimate[begin:end],
             logprob=self.logprob[begin:end],
+            drawn=self.drawn[begin:end],
             tail_mass=self.tail_mass[first:last],
             entropy=self.entropy[first:last],
         )
@@ -61,9 +63,10 @@ class SparseTargets:
 def first_choice(targets: SparseTargets) -> tuple[Tensor, Tensor]:
     """Return the teacher's most probable entry of each position and its probability, int64 [P] and float32 [P]."""
     row = targets.rows()
-    # Sorted by position, then by falling probability: each position's first entry is its best.
+    # Sorted by position, the head before what was drawn, then by falling probability: each position's first entry is
+    # its best. The log-probabilities of drawn entries may be estimates.
     order = torch.argsort(targets.logprob, descending=True, stable=True)
-    order = order[torch.argsort(row[order], stable=True)]
+    order = order[torch.argsort((2 * row + targets.drawn)[order], stable=True)]
     best = order[targets.entry_offsets[:-1]]
     return targets.id[best], targets.logprob[best].exp()
 
@@ -75,6 +78,20 @@ class EntryView:
     targets: SparseTargets
     row: Tensor  # int64 [E], which position of the chunk an entry belongs to
     student_logprob: Tensor  # float32 [E]
+
+    def head(self) -> "EntryView":
+        """Return the same positions with the head alone: the mass that draws share counts as tail."""
+        kept = ~self.targets.drawn
+        beyond = self.sum(torch.where(kept, 0.0, self.targets.estimate))
+        entries = ("id", "estimate", "logprob", "drawn")
+        offsets = torch.nn.functional.pad(self.sum(kept.to(torch.int64)).cumsum(0), (1, 0))
+        targets = replace(
+            self.targets,
+            entry_offsets=offsets,
+            tail_mass=beyond,
+            **{name: getattr(self.targets, name)[kept] for name in entries},
+        )
+        return EntryView(targets, self.row[kept], self.student_logprob[kept])
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum values over the entries of each position, [E] → [C]."""

@@ -15,7 +15,7 @@ from trainer.losses.skew_kl import ReverseSkewKL, SkewKL
 from trainer.losses.tvd import TVD
 
 DIVERGENCES: dict[str, Callable[[LossConfig], Divergence]] = {
-    "forward_kl": lambda loss: ForwardKL(),
+    "forward_kl": lambda loss: ForwardKL(loss.draw_weight),
     "reverse_kl": lambda loss: ReverseKL(),
     "jsd": lambda loss: JSD(loss.beta),
     "skew_kl": lambda loss: SkewKL(loss.skew),

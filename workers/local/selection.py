@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.config import Kind
-from storage.draws import sampled_logprob
+from storage.draws import drawn_logprob
 from storage.samples import Int32Array, UInt8Array
 from storage.targets import Float16Array, Float32Array
 
@@ -45,9 +45,9 @@ class SelectionSettings:
 
     kind: Kind
     top_k: int
-    """Entries kept for their rank (`topk`, `hybrid`)."""
+    """Entries kept for their rank (`topk`, `hybrid…`)."""
     draws: int
-    """Draws of one set, from the rest (`hybrid`) or from everything (`sampled`)."""
+    """Draws of one set, from the rest (`hybrid…`) or from everything (`sampled`)."""
     vocab_size: int
     """Ids from here on are padding and have no probability."""
 
@@ -215,9 +215,13 @@ def _sparse(logits: _Logits, nll: Tensor, uniform: Tensor, settings: SelectionSe
     drawn = _systematic(logits, rest_PB, head, uniform, settings.draws)
     id_Pm, order_Pm, first_Pm, times_RPm = _runs(drawn.id_Pm, sets)
     first_Pm &= drawn.any_P[:, None]
-    value_Pm = drawn.weight_Pm.gather(1, order_Pm)
+    if settings.kind == "hybrid_counts":
+        value_Pm = times_RPm.sum(0) * (rest_PB.sum(-1) / (sets * settings.draws))[:, None]
+        rest_P = torch.zeros_like(z_P)
+    else:
+        value_Pm = drawn.weight_Pm.gather(1, order_Pm)
+        rest_P = (rest_PB.sum(-1) - (value_Pm * first_Pm).sum(-1)).clamp_(min=0) / z_P
     drawn_log_Pm = value_Pm.log() - z_P.log()[:, None]
-    rest_P = (rest_PB.sum(-1) - (value_Pm * first_Pm).sum(-1)).clamp_(min=0) / z_P
     return _hybrid(head.id_Pk, head_log_Pk, id_Pm, drawn_log_Pm, first_Pm, times_RPm, rest_P, nll, sums)
 
 
@@ -340,7 +344,7 @@ def _sampled(drawn_Pm: Tensor, sets: int, nll: Tensor, sums: _Sums) -> Selection
     ids_Pm, _, first_Pm, times_RPm = _runs(drawn_Pm, sets)
     count = first_Pm.sum(1).cpu().numpy().astype(np.int32)
     draws = times_RPm[:, first_Pm]
-    logprob = torch.from_numpy(sampled_logprob(draws.cpu().numpy().astype(np.uint8), count))
+    logprob = torch.from_numpy(drawn_logprob(draws.cpu().numpy().astype(np.uint8), count))
     return _selection(count, ids_Pm[first_Pm], logprob, draws, torch.zeros_like(nll), nll, sums.entropy_P)
 
 
