@@ -8,10 +8,11 @@ smaller. As soon as a dataset holds something, its own bytes per token count ins
 import math
 
 from storage.config import CacheConfig
+from storage.identity import DRAWN_KINDS, HEAD_KINDS
 
 ENTRY_BYTES = {
-    "plain": {"dense": 1.5, "topk": 2.35, "hybrid": 2.73, "sampled": 1.0},
-    "compact": {"topk": 1.25, "hybrid": 1.75, "sampled": 0.7},
+    "plain": {"dense": 1.5, "topk": 2.35, "hybrid": 2.73, "hybrid_counts": 1.85, "sampled": 1.0},
+    "compact": {"topk": 1.25, "hybrid": 1.75, "hybrid_counts": 1.1, "sampled": 0.7},
 }
 """Of one kept or drawn entry, all `target_*` columns but the tail, by codec and kind. Log-probabilities of drawn tokens
 take more than those of the best, which fall off smoothly."""
@@ -21,7 +22,7 @@ MEASURED_BITS = 12
 POSITION_BYTES = 1.25
 """Of the token itself, its masks, and the sample's own columns."""
 TAIL_BYTES = 1.6
-"""Of `tail_mass`, which codec `compact` packs with the entries and the kinds `sampled` and `dense` do without."""
+"""Of `tail_mass`, which codec `compact` packs with the entries and other kinds do without."""
 HIDDEN_BYTES = 2.0
 """Of one number of a hidden state."""
 
@@ -34,8 +35,8 @@ def bytes_per_token(cache: CacheConfig, vocab_size: int, hidden_width: int = 0) 
         hidden_width: of the teacher's hidden states; counts where `cache.hidden` names layers.
     """
     draws = cache.draws * cache.draw_sets
-    kept = {"topk": cache.top_k, "hybrid": cache.top_k + draws, "sampled": draws, "dense": vocab_size}
-    entries = min(kept.get(cache.kind, 0), vocab_size)
+    kept = cache.top_k * (cache.kind in HEAD_KINDS) + draws * (cache.kind in DRAWN_KINDS)
+    entries = vocab_size if cache.kind == "dense" else min(kept, vocab_size)
     found = POSITION_BYTES + HIDDEN_BYTES * hidden_width * len(set(cache.hidden))
     if entries:
         ids = 0.0 if cache.kind == "dense" else ID_BYTES_PER_BIT * max(math.log2(vocab_size) - MEASURED_BITS, 0.0)
