@@ -2,7 +2,7 @@
 
 Columns of samples, hidden states and means are as in the plain codec. `target_packed` holds a row's targets,
 `target_codebook` what the rows of a file share (the same value in all of them, stored once). Ids and draws come back
-as they were; log-probabilities within LOGPROB_ERROR, and tail masses within 1.1% of themselves.
+as they were; log-probabilities within `steps.LOGPROB_ERROR`, and tail masses within 1.1% of themselves.
 """
 
 from dataclasses import dataclass, replace
@@ -10,14 +10,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from storage.codecs import plain
-from storage.codecs.codebook import Codebook, Ranking, Ranks
+from storage.codecs.codebook import VERSION, Codebook, Ranking, Ranks
 from storage.codecs.entries import (
     DRAWN,
     HEAD,
-    LOGPROB_STEP,
     Group,
     Places,
     arrange,
@@ -25,9 +23,14 @@ from storage.codecs.entries import (
     code_draws,
     code_group,
     code_head_logprobs,
+    code_lists,
     code_tail,
+    kinds_of,
+    least_of,
 )
 from storage.codecs.integers import Coder, Layout, Recorder, Unpacker
+from storage.codecs.lists import choose_lists
+from storage.codecs.steps import logprob_of, steps_of, tail_mass_of, tail_steps_of
 from storage.contract import check_contract
 from storage.draws import drawn_logprob, mass_drawn_from
 from storage.errors import IntegrityError
@@ -35,23 +38,20 @@ from storage.identity import COUNTED_KINDS, DRAWN_KINDS, DatasetIdentity
 from storage.samples import BoolArray, Int32Array, Int64Array, SampleBatch, UInt8Array, offsets_of
 from storage.targets import Float16Array, TargetBatch
 
-LOGPROB_ERROR = 0.01
-"""Bound of what rounding to steps and to float16 changes, in nats, for log-probabilities above −16."""
 LANE_POSITIONS = 64
 """Positions that share a lane."""
 LEAST_MASS = 1e-7
 """Least mass that draws share: what has none was not drawn from."""
-MAX_STEPS = 1 << 22
-"""No float16 lies further below 0 than this many steps."""
 
 
 @dataclass(frozen=True, eq=False)
 class Entries:
     """Targets in whole numbers, as they are coded."""
 
+    lists: Int64Array  # [P], which list a position takes, −1 for none
     head: Group
     drawn: Group
-    steps: Int64Array  # −log p in steps, of the head's entries of all positions, then of the drawn ones where stored
+    steps: Int64Array  # cells of log p, of the head's entries of all positions, then of the drawn ones where stored
     draws: Int64Array  # [R, entries drawn]
     tail: Int64Array  # [P], mass outside what has steps; 0 where there is none, else 1 + −log of it in steps
 
@@ -87,82 +87,88 @@ def quantised(targets: TargetBatch, kind: str) -> TargetBatch:
     """
     owner = np.repeat(np.arange(targets.num_positions), targets.count)
     head = _is_head(targets)
-    steps = np.zeros(len(owner), np.int64) if kind == "sampled" else _steps(targets.logprob)
+    steps = np.zeros(len(owner), np.int64) if kind == "sampled" else steps_of(targets.logprob)
     order = np.lexsort((targets.id, np.where(head, steps, 0), ~head, owner))
     draws = None if targets.draws is None else targets.draws[:, order]
-    logprob, tail_mass = _probabilities(kind, steps[order], _tail_steps(targets, kind), draws, targets.count)
+    logprob, tail_mass = _probabilities(
+        kind, logprob_of(steps[order], VERSION), _tail_steps(targets, kind), draws, targets.count
+    )
     return replace(targets, id=targets.id[order], logprob=logprob, draws=draws, tail_mass=tail_mass)
 
 
 def _probabilities(
-    kind: str, steps: Int64Array, tail: Int64Array, draws: UInt8Array | None, count: Int32Array
+    kind: str, logprob: Float16Array, tail: Int64Array, draws: UInt8Array | None, count: Int32Array
 ) -> tuple[Float16Array, Float16Array]:
-    """Return log-probabilities [E] and tail masses [P], given both in steps; steps of the drawn do not count where
-    these are known by their number alone."""
-    mass = np.where(tail > 0, np.exp(-(tail - 1) * LOGPROB_STEP), 0).astype(np.float32)
+    """Return log-probabilities [E] and tail masses [P], given the tail in steps; what is given of the drawn does not
+    count where these are known by their number alone."""
+    mass = tail_mass_of(tail)
     if kind not in COUNTED_KINDS:
-        return _logprob(steps), mass.astype(np.float16)
+        return logprob, mass.astype(np.float16)
     assert draws is not None
     drawn = drawn_logprob(draws, count, None if kind == "sampled" else mass)
-    return np.where(draws.any(axis=0), drawn, _logprob(steps)), np.zeros(len(count), np.float16)
+    return np.where(draws.any(axis=0), drawn, logprob), np.zeros(len(count), np.float16)
 
 
 def pack(samples: SampleBatch, targets: TargetBatch, kind: str, vocab_size: int) -> tuple[bytes, list[bytes]]:
     """Return the codebook and the packed value of each sample; targets of any kind with a few entries."""
     layout, before, label = _positions(samples)
     owner = np.repeat(np.arange(targets.num_positions), targets.count)
-    ranks = Ranks.count(before, owner, targets.id, vocab_size)
-    places = Places(layout.lane, label, ranks.list_of(before))
+    lists = choose_lists(before, owner, targets.id, vocab_size)
+    ranks = Ranks.of(lists, before, targets.id, vocab_size)
     ranking = Ranking(ranks)
+    places = Places(layout.lane, label, ranks.list_of(before))
+    entries = _entries(targets, replace(places, lists=lists.of_position), ranking, kind)
     draws, sets = 0, 0
     if targets.draws is not None:
         sets = len(targets.draws)
         draws = int(np.bincount(owner, weights=targets.draws[0]).max(initial=0))
+    most = int(entries.head.count.max(initial=0))
+    codebook = Codebook(VERSION, draws, sets, most, ranks, _shares(entries, places, ranking))
     recorder = Recorder()
-    _code(recorder, places, ranking, kind, (draws, sets), _entries(targets, places, ranking, kind))
+    _code(recorder, places, ranking, kind, codebook, entries)
     tables, rows = recorder.pack(layout)
-    return Codebook(draws, sets, ranks, tables).to_bytes(), rows
+    return codebook.to_bytes(tables), rows
 
 
 def unpack(samples: SampleBatch, kind: str, codebook: bytes, rows: list[memoryview]) -> dict[str, Any]:
     """Return count, id, logprob, draws and tail_mass of the targets; IntegrityError where anything is damaged."""
-    book = Codebook.from_bytes(codebook)
+    book, tables = Codebook.from_bytes(codebook)
     vocab_size = len(book.ranks.classes)
     if ((samples.tokens < 0) | (samples.tokens >= vocab_size)).any():
         raise IntegrityError(f"a row holds token ids outside its codebook's vocabulary of {vocab_size}")
     layout, before, label = _positions(samples)
     places = Places(layout.lane, label, book.ranks.list_of(before))
-    unpacker = Unpacker(book.tables, layout, rows)
-    entries = _code(unpacker, places, Ranking(book.ranks), kind, (book.draws, book.sets), None)
+    unpacker = Unpacker(tables, layout, rows)
+    entries = _code(unpacker, places, Ranking(book.ranks), kind, book, None)
     unpacker.finish()
-    return _fields(entries, kind)
+    return _fields(entries, kind, book.version)
 
 
-def _code(
-    coder: Coder, places: Places, ranking: Ranking, kind: str, deal: tuple[int, int], known: Entries | None
-) -> Entries:
-    """Code all entries in one direction; `deal` is the number of draws in a set and of sets."""
+def _code(coder: Coder, places: Places, ranking: Ranking, kind: str, book: Codebook, known: Entries | None) -> Entries:
+    """Code all entries in one direction; places have the usual lists."""
     size = len(places.lane)
+    if book.version > 1:
+        places = code_lists(coder, places, ranking.num_lists, known.lists if known else None)
     head = drawn = Group.empty(size)
     everywhere = np.ones(size, dtype=np.bool_)
     if kind != "sampled":
-        head = code_group(coder, places, ranking, known.head if known else None, HEAD, everywhere)
+        head = code_group(coder, places, ranking, known.head if known else None, HEAD, everywhere, book.most)
     if kind in DRAWN_KINDS:
         drawn = code_group(coder, places, ranking, known.drawn if known else None, DRAWN, ~head.has_label)
     steps = np.zeros(0, dtype=np.int64)
-    draws = np.zeros((max(deal[1], 1), 0), dtype=np.int64)
+    draws = np.zeros((max(book.sets, 1), 0), dtype=np.int64)
     tail = np.zeros(size, dtype=np.int64)
     split = len(head.id)
     if kind != "sampled":
-        level, above = code_head_logprobs(coder, places, head, known.steps[:split] if known else None)
+        level, above = code_head_logprobs(coder, places, ranking, head, book, known.steps[:split] if known else None)
         steps, owner = above, head.owner
         if kind == "hybrid":
             below = code_drawn_logprobs(coder, places, drawn, level, known.steps[split:] if known else None)
             steps, owner = np.concatenate([above, below]), np.concatenate([owner, drawn.owner])
-        tail = code_tail(coder, places, owner, steps, known.tail if known else None)
+        tail = code_tail(coder, places, owner, steps, book.version, known.tail if known else None)
     if kind in DRAWN_KINDS:
-        draws = code_draws(coder, places, drawn, deal, known.draws if known else None)
-    return Entries(head, drawn, steps, draws, tail)
+        draws = code_draws(coder, places, drawn, (book.draws, book.sets), known.draws if known else None)
+    return Entries(places.lists, head, drawn, steps, draws, tail)
 
 
 def _positions(samples: SampleBatch) -> tuple[Layout, Int64Array, Int64Array]:
@@ -189,12 +195,19 @@ def _entries(targets: TargetBatch, places: Places, ranking: Ranking, kind: str) 
         groups.append(group)
         picked.append(at[order])
     stored = {"sampled": [], "hybrid_counts": picked[:1]}.get(kind, picked)
-    steps = _steps(targets.logprob)[np.concatenate([np.zeros(0, np.int64), *stored])]
+    steps = steps_of(targets.logprob)[np.concatenate([np.zeros(0, np.int64), *stored])]
     draws = np.zeros((1, 0), np.int64) if targets.draws is None else targets.draws[:, picked[1]].astype(np.int64)
-    return Entries(groups[0], groups[1], steps, draws, _tail_steps(targets, kind))
+    return Entries(places.lists, groups[0], groups[1], steps, draws, _tail_steps(targets, kind))
 
 
-def _fields(entries: Entries, kind: str) -> dict[str, Any]:
+def _shares(entries: Entries, places: Places, ranking: Ranking) -> UInt8Array:
+    """Return how far above the least each kind of entry lies, see `Ranking.shares`."""
+    head, steps = entries.head, entries.steps[: len(entries.head.id)]
+    level = least_of(head, steps)[head.owner]
+    return ranking.shares(kinds_of(replace(places, lists=entries.lists), ranking, head), level, level - steps)
+
+
+def _fields(entries: Entries, kind: str, version: int) -> dict[str, Any]:
     """Return the fields of a TargetBatch, its entries in the order of `quantised`."""
     ids = np.concatenate([entries.head.id, entries.drawn.id])
     owner = np.concatenate([entries.head.owner, entries.drawn.owner])
@@ -209,7 +222,7 @@ def _fields(entries: Entries, kind: str) -> dict[str, Any]:
         if entries.draws.max(initial=0) > 255:
             raise IntegrityError("a packed stream draws an entry more than 255 times")
         draws = np.concatenate(padded, axis=1)[:, order].astype(np.uint8)
-    logprob, tail_mass = _probabilities(kind, steps[order], entries.tail, draws, count)
+    logprob, tail_mass = _probabilities(kind, logprob_of(steps[order], version), entries.tail, draws, count)
     return {
         "count": count,
         "id": ids[order].astype(np.int32),
@@ -219,21 +232,9 @@ def _fields(entries: Entries, kind: str) -> dict[str, Any]:
     }
 
 
-def _steps(logprob: NDArray[np.floating[Any]]) -> Int64Array:
-    return np.rint(np.maximum(-logprob.astype(np.float64), 0) / LOGPROB_STEP).astype(np.int64)
-
-
-def _logprob(steps: Int64Array) -> Float16Array:
-    if len(steps) and not 0 <= steps.min() <= steps.max() < MAX_STEPS:
-        raise IntegrityError("a packed stream holds a log-probability that is out of range")
-    return (-steps * LOGPROB_STEP).astype(np.float16) + np.float16(0)
-
-
 def _tail_steps(targets: TargetBatch, kind: str) -> Int64Array:
     """Return the steps of the mass outside what has log-probabilities of its own, [P]."""
     if kind == "hybrid_counts":
         mass = mass_drawn_from(targets).astype(np.float64)
-        mass = np.where(mass > 0, np.maximum(mass, LEAST_MASS), 0)
-    else:
-        mass = targets.tail_mass.astype(np.float64)
-    return np.where(mass > 0, 1 + _steps(np.log(np.where(mass > 0, mass, 1))), 0)
+        return tail_steps_of(np.where(mass > 0, np.maximum(mass, LEAST_MASS), 0))
+    return tail_steps_of(targets.tail_mass)

@@ -1,26 +1,27 @@
 """The order in which the entries of all positions are coded, the same for both directions.
 
-A position has a head (kept for its rank) and drawn entries. Each group is a set, coded by rising rank of its ids as
-gaps in the context of the rank before and of the number of entries left; where the token that stands in the text is
-among them, one flag says so, which saves its id. Log-probabilities are coded in steps above the least of the head.
-Draws follow in the context of those that are still to be dealt out.
+A position says which list of ids it takes, unless it is the usual one after the token before. It has a head (kept for
+its rank) and drawn entries. Each group is a set, coded by rising rank of its ids as gaps in the context of the rank
+before and of the number of entries left; where the token that stands in the text is among them, one flag says so, which
+saves its id. Log-probabilities are coded in steps above the least of the head, in the context of how far above it the
+same id lies on average where the same list is taken. Draws follow in the context of those that are still to be dealt
+out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from storage.codecs.codebook import Ranking
-from storage.codecs.integers import Coder
+from storage.codecs.codebook import Codebook, Ranking
+from storage.codecs.integers import Coder, bucket_of
+from storage.codecs.steps import UNIFORM_STEP, logprob_of
 from storage.errors import IntegrityError
 from storage.samples import BoolArray, Int64Array, offsets_of
 
 HEAD, DRAWN = 0, 1
 """The groups; also the fields of their sizes."""
-LABEL, GAP, LEVEL, ABOVE, BELOW, DRAWS, TAIL = range(2, 9)
+LABEL, GAP, LEVEL, ABOVE, BELOW, DRAWS, TAIL, LIST = range(2, 10)
 """The other fields."""
-LOGPROB_STEP = 5 / 256
-"""Log-probabilities are kept as multiples of this, in nats."""
 UNIT = 1 << 24
 """Probability 1 in whole numbers."""
 
@@ -31,7 +32,7 @@ class Places:
 
     lane: Int64Array  # [P], non-decreasing
     label: Int64Array  # [P], the token that stands in the text
-    lists: Int64Array  # [P], which list of the codebook applies, −1 for none
+    lists: Int64Array  # [P], which list of the codebook applies, −1 for none; until `code_lists` the usual one
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +55,23 @@ class Group:
         """Return the position of each entry, [E]."""
         return np.repeat(np.arange(len(self.count)), self.count)
 
+    @property
+    def label_at(self) -> Int64Array:
+        """Return which entries are labels."""
+        return offsets_of(self.count)[:-1][self.has_label]
+
+
+def code_lists(coder: Coder, places: Places, num_lists: int, known: Int64Array | None) -> Places:
+    """Code which list each position takes, [P], and return the places with them."""
+    if not num_lists:
+        return places
+    usual = places.lists
+    values = None if known is None else np.where(known == usual, 0, known + 2)  # 0 the usual one, 1 none, 2 the first
+    values = coder.integers(LIST, (usual >= 0).astype(np.int64), places.lane, values)
+    if (values > num_lists + 1).any():
+        raise IntegrityError("a packed stream names a list that the codebook does not have")
+    return replace(places, lists=np.where(values == 0, usual, values - 2))
+
 
 def arrange(places: Places, ranking: Ranking, count: Int64Array, ids: Int64Array) -> tuple[Group, Int64Array]:
     """Put the entries of a group, flat [E], in the coded order; returns it and the index of each coded entry."""
@@ -67,11 +85,18 @@ def arrange(places: Places, ranking: Ranking, count: Int64Array, ids: Int64Array
 
 
 def code_group(
-    coder: Coder, places: Places, ranking: Ranking, group: Group | None, which: int, may: BoolArray
+    coder: Coder, places: Places, ranking: Ranking, group: Group | None, which: int, may: BoolArray, most: int = 0
 ) -> Group:
-    """Code a group's sizes, labels and ids; `group` is none when decoding, `may` tells where the label may be in it."""
+    """Code a group's sizes, labels and ids.
+
+    Args:
+        group: none when decoding.
+        may: where the label may be in it, [P].
+        most: its largest size, or 0, where sizes are coded as they are and not by what they lack.
+    """
     zero = np.zeros(len(places.lane), dtype=np.int64)
-    count = coder.integers(which, zero, places.lane, None if group is None else group.count)
+    lack = coder.integers(which, zero, places.lane, None if group is None else np.abs(most - group.count))
+    count = np.abs(most - lack)
     ask = np.flatnonzero(may & (count > 0))
     flags = None if group is None else group.has_label[ask].astype(np.int64)
     has_label = np.zeros(len(count), dtype=np.bool_)
@@ -81,9 +106,9 @@ def code_group(
         return group
     owner = np.repeat(np.arange(len(count)), count)
     ids = ranking.ids(places.lists[owner], rank)
-    first = offsets_of(count)[:-1][has_label]
-    ids[first] = places.label[has_label]
-    return Group(count, has_label, ids, rank)
+    found = Group(count, has_label, ids, rank)
+    ids[found.label_at] = places.label[has_label]
+    return found
 
 
 def _code_ranks(
@@ -119,7 +144,7 @@ def few(counts: Int64Array) -> Int64Array:
 
 
 def code_head_logprobs(
-    coder: Coder, places: Places, group: Group, below: Int64Array | None
+    coder: Coder, places: Places, ranking: Ranking, group: Group, codebook: Codebook, below: Int64Array | None
 ) -> tuple[Int64Array, Int64Array]:
     """Code −log p of the head's entries in steps: each position's largest, then how far the others lie above it.
 
@@ -127,11 +152,31 @@ def code_head_logprobs(
     """
     owner = group.owner
     filled = np.flatnonzero(group.count)
-    largest = None if below is None else np.maximum.reduceat(below, offsets_of(group.count)[:-1][filled])
+    largest = None if below is None else least_of(group, below)[filled]
     level = np.zeros(len(group.count), dtype=np.int64)
     level[filled] = coder.integers(LEVEL, np.zeros(len(filled), np.int64), places.lane[filled], largest)
     above = None if below is None else level[owner] - below
-    return level, level[owner] - coder.integers(ABOVE, _logprob_context(group, level), places.lane[owner], above)
+    if codebook.version == 1:
+        context = _logprob_context(group, level)
+    else:
+        expected = codebook.shares[kinds_of(places, ranking, group)] * level[owner] >> 8
+        context = 2 * bucket_of(expected)[0] + _is_label(group)
+    return level, level[owner] - coder.integers(ABOVE, context, places.lane[owner], above)
+
+
+def least_of(group: Group, below: Int64Array) -> Int64Array:
+    """Return the largest −log p of each position's entries, [P], 0 where it has none."""
+    filled = np.flatnonzero(group.count)
+    level = np.zeros(len(group.count), dtype=np.int64)
+    level[filled] = np.maximum.reduceat(below, offsets_of(group.count)[:-1][filled])
+    return level
+
+
+def kinds_of(places: Places, ranking: Ranking, group: Group) -> Int64Array:
+    """Return what each entry is known to be, see `Ranking.kinds`, [E]."""
+    rank = group.rank.copy()
+    rank[group.label_at] = ranking.ranks(places.lists[group.has_label], places.label[group.has_label])
+    return ranking.kinds(places.lists[group.owner], rank)
 
 
 def code_drawn_logprobs(
@@ -146,12 +191,14 @@ def code_drawn_logprobs(
 
 
 def code_tail(
-    coder: Coder, places: Places, owner: Int64Array, steps: Int64Array, known: Int64Array | None
+    coder: Coder, places: Places, owner: Int64Array, steps: Int64Array, version: int, known: Int64Array | None
 ) -> Int64Array:
     """Code the tail's −log in steps, plus 1, or 0 for none, [P], against what the entries leave of 1."""
-    masses = np.rint(UNIT * np.exp(-np.arange(1024) * LOGPROB_STEP)).astype(np.int64)
+    known_steps = np.arange(1024)
+    masses = np.rint(UNIT * np.exp(logprob_of(known_steps, version).astype(np.float64))).astype(np.int64)
+    tails = np.rint(UNIT * np.exp(-known_steps * UNIFORM_STEP)).astype(np.int64)
     kept = np.bincount(owner, weights=masses[np.minimum(steps, 1023)], minlength=len(places.lane)).astype(np.int64)
-    expected = 1 + np.searchsorted(-masses, -np.maximum(UNIT - kept, 1))
+    expected = 1 + np.searchsorted(-tails, -np.maximum(UNIT - kept, 1))
     values = None if known is None else signed(known - expected)
     return expected + unsigned(coder.integers(TAIL, few(expected >> 2), places.lane, values))
 
@@ -182,9 +229,13 @@ def code_draws(
 
 
 def _logprob_context(group: Group, level: Int64Array) -> Int64Array:
+    return (few(level[group.owner] >> 4) * 32 + octave(group.rank)) * 2 + _is_label(group)
+
+
+def _is_label(group: Group) -> Int64Array:
     label = np.zeros(len(group.id), dtype=np.int64)
-    label[offsets_of(group.count)[:-1][group.has_label]] = 1
-    return (few(level[group.owner] >> 4) * 32 + octave(group.rank)) * 2 + label
+    label[group.label_at] = 1
+    return label
 
 
 def signed(values: Int64Array) -> Int64Array:
