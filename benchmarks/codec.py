@@ -11,6 +11,10 @@ log-probabilities within 0.01 nats, beside DistillKit's own formula at that k an
 
 The simulated teachers have Zipf frequencies with normal noise on the logits, each position at its own temperature; the
 text is drawn from the teacher. `published`: 50 draws give about 12 distinct ids. `sharp`: mean entropy 0.5 to 0.7 nats.
+The noise is drawn anew for every id at every position, so that no context, no earlier position and no other id tells
+anything of an id but how frequent it is. What no code of top-64 can therefore undercut on average stands beside it:
+`ideal_id_bits` and `ideal_logprob_bits` of a position, for one that knows the simulation, and `ideal_bytes_per_token`,
+these and the other columns. Where ids follow context, as they do in every teacher that was trained, lists are shorter.
 `bpe32k` is a 2-layer model of width 128 with a BPE of 32,768 trained on the embedded corpora.
 """
 
@@ -28,6 +32,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from storage.codecs.steps import steps_of
 from storage.codecs.table import decode, encode
 from storage.config import DataConfig
 from storage.identity import CaptureIdentity, DatasetIdentity, TeacherIdentity, TokenizerIdentity
@@ -46,6 +51,8 @@ MULTINOMIAL = 50
 TOP_K = 64
 MOST_DRAWS = 256
 """Draws whose error is known; a token is stored to have been drawn 255 times at most."""
+NOISE = 2.0
+"""Standard deviation of an id's simulated logit about its mean, before the position's sharpness."""
 # Mean and spread of the log of each position's inverse temperature.
 SIMULATED = {"published": (0.75, 0.4), "sharp": (1.62, 0.5)}
 TEACHERS = {
@@ -56,15 +63,17 @@ QUICKSTART = Path(__file__).parent.parent / "examples" / "quickstart.yaml"
 
 
 Case = tuple[SampleBatch, TargetBatch, int, "Errors"]
-"""Samples, what is kept of their targets, the number of draws, the errors of drawing."""
+"""Samples, what is kept of their targets, the number of draws, what the distributions tell."""
 
 
 class Errors:
-    """Squared error of 50 multinomial draws and of n systematic ones, summed over positions."""
+    """Squared error of 50 multinomial draws and of n systematic ones, summed over positions, and their entropies."""
 
     def __init__(self) -> None:
         self.positions = 0
         self.entropy = self.distinct = self.multinomial = 0.0
+        self.ideal_bits: tuple[float, float] | None = None
+        """Of top-64 by an ideal code, ids and log-probabilities of a position; known of simulated teachers alone."""
         self.systematic = np.zeros(MOST_DRAWS)
 
     def add(self, t: Tensor) -> None:
@@ -87,8 +96,11 @@ class Errors:
         return round(factor * (1 + int(np.flatnonzero(self.systematic[1:] <= self.multinomial)[0])))
 
 
-def simulate(regime: str, windows: int) -> Iterator[Tensor]:
-    """Yield the logits of each window's supervised positions, float32 [WINDOW − 1, V]."""
+def simulate(regime: str, windows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield of each window the logits of its supervised positions, float32 [WINDOW − 1, V], and what they are made of.
+
+    That is the sharpness of each position, [WINDOW − 1, 1], and the mean of each id's logit before it, [V].
+    """
     mean, spread = SIMULATED[regime]
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(VOCAB_SIZE, generator=generator)
@@ -96,7 +108,30 @@ def simulate(regime: str, windows: int) -> Iterator[Tensor]:
     for _ in range(windows):
         noise = torch.randn(WINDOW - 1, VOCAB_SIZE, generator=generator)
         sharpness = torch.exp(mean + spread * torch.randn(WINDOW - 1, 1, generator=generator))
-        yield noise.mul_(2.0).add_(unigram).mul_(sharpness)
+        yield noise.mul_(NOISE).add_(unigram).mul_(sharpness), sharpness, unigram
+
+
+def ideal_bits(logits: Tensor, sharpness: Tensor, unigram: Tensor) -> tuple[float, float]:
+    """Return the mean −log2 of the probability of top-64's ids, and of their log-probabilities' cells given these.
+
+    Under the simulation z = logit / sharpness is normal about `unigram`. Given the least kept one, ids are kept
+    independently of each other and each kept z has the tail of its normal distribution; how far the log-probabilities
+    lie above the least tells these z. The code is told sharpness, least z and least log-probability for nothing.
+    """
+    kept = logits.topk(TOP_K)
+    mean = unigram[kept.indices]
+    least = kept.values[:, -1:] / sharpness
+    inside = torch.special.log_ndtr(((mean - least) / NOISE).double())
+    outside = torch.special.log_ndtr(((least - unigram) / NOISE).double())
+    ids = -inside.sum(1) - outside.sum(1) + outside.gather(1, kept.indices).sum(1)
+    every = np.arange(0x8000, 0xFC00, dtype=np.uint16).view(np.float16)
+    cell = steps_of(every)
+    width = torch.from_numpy(np.diff(every[np.flatnonzero(np.diff(cell, prepend=-1))].astype(np.float64)) * -1.0)
+    logprob = (kept.values - logits.logsumexp(1, keepdim=True)).half().numpy()
+    above = (kept.values / sharpness - mean) / NOISE
+    density = -(above**2) / 2 - torch.log(math.sqrt(2 * math.pi) * NOISE * sharpness)
+    values = (inside - density - torch.log(width[torch.from_numpy(steps_of(logprob))]))[:, :-1].sum(1)
+    return tuple(float(nats.mean()) / math.log(2) for nats in (ids, values))  # type: ignore[return-value]
 
 
 def simulated(regime: str, windows: int, factor: float) -> dict[str, Case]:
@@ -105,10 +140,11 @@ def simulated(regime: str, windows: int, factor: float) -> dict[str, Case]:
     samples: list[Sample] = []
     kept: dict[str, list[Selection]] = {"sampled": [], "topk": []}
     generator = torch.Generator().manual_seed(1)
-    for logits in simulate(regime, windows):
+    for logits, sharpness, unigram in simulate(regime, windows):
         probability = logits.softmax(1)
         if not draws:
             errors.add(probability)
+            errors.ideal_bits = ideal_bits(logits, sharpness, unigram)
             draws = errors.draws(factor)
         truth = torch.multinomial(probability, 1, generator=generator)[:, 0]
         tokens = np.concatenate([[0], truth.numpy()]).astype(np.int32)
@@ -213,6 +249,12 @@ def measure(
     else:
         peer = 56 + math.ceil(TOP_K * math.ceil(math.log2(vocab_size)) / 8)
         about = {"entries": TOP_K}
+    columns = column_bytes(files["compact"])
+    if kind == "topk" and errors.ideal_bits:
+        bits = dict(zip(("ideal_id_bits", "ideal_logprob_bits"), errors.ideal_bits, strict=True))
+        others = sum(size for name, size in columns.items() if not name.startswith("target_")) / positions
+        bits["ideal_bytes_per_token"] = sum(errors.ideal_bits) / 8 + others
+        about |= {name: round(value, 2) for name, value in bits.items()}
     return {
         "benchmark": "codec",
         "case": case,
@@ -225,7 +267,7 @@ def measure(
         "plain_bytes_per_token": round(len(files["plain"]) / positions, 3),
         "published_bytes_per_token": round(peer, 2),
         "ratio": round(compact / peer, 4),
-        "columns": {name: round(size / positions, 3) for name, size in column_bytes(files["compact"]).items()},
+        "columns": {name: round(size / positions, 3) for name, size in columns.items()},
         **rates(samples, targets, identity, files["compact"]),
     }
 
