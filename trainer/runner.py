@@ -78,8 +78,9 @@ def _checked(training: Training, samples: SampleSet) -> tuple[Training, str | No
     """
     train = training.train
     require_trackers(train.trackers)
-    folder = resolve_student(training.student, training.identity, train.loss)
-    aligner = aligner_of(training.student, folder, training.identity, Path(training.tokenizer_folder), train.loss)
+    resolved = resolve_student(training.student, training.identity, train.loss)
+    folder = resolved[0]
+    aligner = aligner_of(training.student, resolved, training.identity, Path(training.tokenizer_folder), train.loss)
     student = with_vocabulary(training.student, aligner)
     training = replace(training, student=student)
     if aligner is not None and training.curriculum.adaptive is not None:

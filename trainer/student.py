@@ -21,15 +21,20 @@ from trainer.loss_config import LossConfig
 from trainer.served import require_same_tokens
 
 
-def resolve_student(student: StudentConfig, identity: DatasetIdentity, loss: LossConfig | None = None) -> str | None:
-    """Return the local folder of a student that starts from a model, none for a fresh one, after cheap checks.
+def resolve_student(
+    student: StudentConfig, identity: DatasetIdentity, loss: LossConfig | None = None
+) -> tuple[str | None, Tokenizer | None]:
+    """Return where a student's model lies and the tokenizer that it brings, after cheap checks.
+
+    A fresh student has no folder; one that brings no tokenizer reads the dataset's.
 
     Raises:
         InputError: there is no such model, its tokenizer is another one than the dataset's and the loss (where it is
             given) does not compare across tokenizers, or its vocabulary is too small.
     """
     folder = None if student.path is None else str(_local_folder(student.path))
-    own = own_tokenizer(student, folder)
+    named = folder if student.tokenizer is None else _local_folder(student.tokenizer, "student.tokenizer")
+    own = None if named is None else Tokenizer.load(named)
     tokens = identity.tokenizer if own is None else TokenizerIdentity.of(own)
     if loss is not None:
         require_same_tokens(loss, f"student {student.tokenizer or student.path}", tokens, identity.tokenizer)
@@ -39,17 +44,7 @@ def resolve_student(student: StudentConfig, identity: DatasetIdentity, loss: Los
             f"the student's vocabulary has {vocab_size} entries, but its tokenizer needs {tokens.vocab_size}; leave "
             "student.config.vocab_size out to have it filled in, or start from a model of the same tokenizer"
         )
-    return folder
-
-
-def own_tokenizer(student: StudentConfig, folder: str | None) -> Tokenizer | None:
-    """Return the tokenizer that the student brings, none where it has the dataset's.
-
-    `folder` is where its model lies, if it starts from one.
-    """
-    if student.tokenizer is not None:
-        return Tokenizer.load(_local_folder(student.tokenizer, "student.tokenizer"))
-    return None if folder is None else Tokenizer.load(folder)
+    return folder, own
 
 
 def with_vocabulary(student: StudentConfig, aligner: Aligner | None) -> StudentConfig:
@@ -60,19 +55,44 @@ def with_vocabulary(student: StudentConfig, aligner: Aligner | None) -> StudentC
 
 
 def aligner_of(
-    student: StudentConfig, folder: str | None, identity: DatasetIdentity, teacher: Path, loss: LossConfig
+    student: StudentConfig,
+    resolved: tuple[str | None, Tokenizer | None],
+    identity: DatasetIdentity,
+    teacher: Path,
+    loss: LossConfig,
 ) -> Aligner | None:
     """Return what lays the teacher's tokens over the student's; none where these are the same and the loss wants none.
 
-    `teacher` is the folder of the dataset's tokenizer. InputError where one of the two does not spell text.
+    Args:
+        student: the student.
+        resolved: what `resolve_student` returned.
+        identity: of the dataset.
+        teacher: folder of the dataset's tokenizer.
+        loss: what the student is trained by.
+
+    Raises:
+        InputError: one of the two tokenizers does not spell text.
     """
-    own, theirs = own_tokenizer(student, folder), identity.tokenizer
-    if not loss.crosses and (own is None or own.digest == theirs.digest):
+    folder, own = resolved
+    if not loss.crosses and (own is None or own.digest == identity.tokenizer.digest):
         return None
     teachers = Tokenizer.load(teacher)
     own = teachers if own is None else own
-    config = student_config(student, folder, own.vocab_size, identity).get_text_config()
-    return Aligner(teachers, own, getattr(config, "max_position_embeddings", None) or sys.maxsize)
+    return _laid_over(teachers, own, student_config(student, folder, own.vocab_size, identity))
+
+
+def aligner_of_model(folder: Path, teacher: Tokenizer) -> Aligner | None:
+    """Return what lays the teacher's tokens over those of a trained model, none where they are the same."""
+    from transformers import AutoConfig
+
+    own = Tokenizer.load(folder)
+    return None if own.digest == teacher.digest else _laid_over(teacher, own, AutoConfig.from_pretrained(folder))
+
+
+def _laid_over(teacher: Tokenizer, own: Tokenizer, config: Any) -> Aligner:
+    """Return the aligner of a student with this transformers config."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return Aligner(teacher, own, positions or sys.maxsize)
 
 
 def student_config(student: StudentConfig, folder: str | None, vocab_size: int, identity: DatasetIdentity) -> Any:

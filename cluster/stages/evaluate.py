@@ -1,8 +1,6 @@
 """Teacher, student and baseline on held-out text."""
 
 import contextlib
-import json
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -140,6 +138,7 @@ def score_models(what: Scoring, device: str, update: Callable[[float, float, str
     import torch
 
     from trainer.evaluation import evaluate_model, evaluate_teacher, token_views
+    from trainer.student import aligner_of_model
     from trainer.tasks import run_tasks
 
     run, ids = RunDir(what.run_url), what.ids
@@ -157,7 +156,7 @@ def score_models(what: Scoring, device: str, update: Callable[[float, float, str
                 update(before + event["done"], len(what.names) * per_model, model)
 
         with local_model(run, name) as folder:
-            aligner = _aligner(what, folder)
+            aligner = aligner_of_model(folder, what.tokenizer)
             # What is compared by tokens: that of other tokens, or of classes, is told by its figures alone.
             most_shown = 0 if classifies or aligner is not None else what.shown_samples
             shown = [sample_id for chosen in ids.values() for sample_id in chosen[:most_shown]]
@@ -172,17 +171,6 @@ def score_models(what: Scoring, device: str, update: Callable[[float, float, str
             if name == "student" and what.start is not None:
                 result[name]["forgetting"] = _forgetting(what, folder, dataset, on, aligner)
     return result
-
-
-def _aligner(what: Scoring, folder: Path) -> "Aligner | None":
-    """Return what lays the dataset's tokens over those of a trained model, none where they are the same."""
-    from trainer.alignment import Aligner
-
-    own = Tokenizer.load(folder)
-    if own.digest == what.identity.tokenizer.digest:
-        return None
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return Aligner(what.tokenizer, own, fields.get("max_position_embeddings") or sys.maxsize)
 
 
 def _start(config: RunConfig) -> str | StudentConfig | None:
@@ -202,7 +190,7 @@ def _forgetting(
 
     with contextlib.ExitStack() as stack:
         if isinstance(what.start, StudentConfig):
-            name, start = what.start.path, Path(str(resolve_student(what.start, what.identity)))
+            name, start = what.start.path, Path(str(resolve_student(what.start, what.identity)[0]))
         else:
             name, start = what.start, stack.enter_context(local_model(RunDir(what.run_url), str(what.start)))
         return {"from": name, "sources": forgetting(folder, start, dataset, what.ids, device, aligner=aligner)}

@@ -247,9 +247,11 @@ def test_what_does_not_fit_is_refused_and_what_does_is_named(run: TinyRun, own: 
     student = StudentConfig(config=QWEN2, tokenizer=str(own))
     with pytest.raises(InputError, match="to alm or uld"):
         resolve_student(student, run.identity, LossConfig())
-    assert resolve_student(student, run.identity, LossConfig(divergence="alm")) is None
-    assert aligner_of(student, None, run.identity, run.tokenizer_folder, LossConfig(kl=0, ce=1)) is not None
-    assert aligner_of(StudentConfig(config=QWEN2), None, run.identity, run.tokenizer_folder, LossConfig()) is None
+    resolved = resolve_student(student, run.identity, LossConfig(divergence="alm"))
+    assert resolved[0] is None and resolved[1] is not None and resolved[1].digest == mine.digest
+    assert aligner_of(student, resolved, run.identity, run.tokenizer_folder, LossConfig(kl=0, ce=1)) is not None
+    plain = StudentConfig(config=QWEN2)
+    assert aligner_of(plain, (None, None), run.identity, run.tokenizer_folder, LossConfig()) is None
     with pytest.raises(InputError, match="hidden, attention and relation compare position by position"):
         require_same_tokens(LossConfig(kl=0, ce=1, hidden=1, hidden_map={"final": "final"}), "x", mine, theirs)
     with pytest.raises(ValidationError, match=r"train\.loss\.relation compares position by position"):

@@ -43,7 +43,7 @@ def test_fresh_students_depend_on_their_seed_alone(hybrid_run: TinyRun) -> None:
 def test_a_vocabulary_that_is_too_small_is_refused(hybrid_run: TinyRun) -> None:
     with pytest.raises(InputError, match=r"vocabulary has 100 entries, but its tokenizer needs \d+"):
         resolve_student(StudentConfig(config={**QWEN2, "vocab_size": 100}), hybrid_run.identity)
-    assert resolve_student(StudentConfig(config=QWEN2), hybrid_run.identity) is None
+    assert resolve_student(StudentConfig(config=QWEN2), hybrid_run.identity) == (None, None)
 
 
 def test_a_config_that_makes_no_model_is_refused(hybrid_run: TinyRun) -> None:
@@ -60,7 +60,8 @@ def test_a_student_from_a_folder_needs_the_tokenizer_of_the_dataset(hybrid_run: 
     with pytest.raises(InputError, match="is not the one that the dataset is captured with"):
         resolve_student(config, hybrid_run.identity, LossConfig())
     (tmp_path / "tokenizer.json").write_bytes((hybrid_run.tokenizer_folder / "tokenizer.json").read_bytes())
-    folder = resolve_student(config, hybrid_run.identity)
+    folder, own = resolve_student(config, hybrid_run.identity)
+    assert own is not None and own.digest == hybrid_run.identity.tokenizer.digest
     loaded = build_student(config, folder, hybrid_run.identity)
     assert torch.equal(next(loaded.parameters()), next(fresh(hybrid_run).parameters()))
 
