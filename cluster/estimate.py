@@ -19,25 +19,28 @@ take more than those of the best, which fall off smoothly."""
 ID_BYTES_PER_BIT = 0.1
 """Further bytes of an entry for each bit of the vocabulary's size beyond `MEASURED_BITS`."""
 MEASURED_BITS = 12
-POSITION_BYTES = 1.25
-"""Of the token itself, its masks, and the sample's own columns."""
+TOKEN_BYTES = 1.25
+"""Of a token itself, its masks, and the sample's own columns."""
 TAIL_BYTES = 1.6
 """Of `tail_mass`, which codec `compact` packs with the entries and other kinds do without."""
 HIDDEN_BYTES = 2.0
 """Of one number of a hidden state."""
 
 
-def bytes_per_token(cache: CacheConfig, vocab_size: int, hidden_width: int = 0) -> float:
+def bytes_per_token(
+    cache: CacheConfig, vocab_size: int, hidden_width: int = 0, tokens_per_position: float = 1.0
+) -> float:
     """Return the bytes of a supervised token of a dataset of these settings.
 
     Args:
-        vocab_size: of the tokenizer.
+        vocab_size: of the tokenizer; of a classifier its number of classes.
         hidden_width: of the teacher's hidden states; counts where `cache.hidden` names layers.
+        tokens_per_position: tokens that are stored for a supervised one; many where a text has one class.
     """
     draws = cache.draws * cache.draw_sets
     kept = cache.top_k * (cache.kind in HEAD_KINDS) + draws * (cache.kind in DRAWN_KINDS)
     entries = vocab_size if cache.kind == "dense" else min(kept, vocab_size)
-    found = POSITION_BYTES + HIDDEN_BYTES * hidden_width * len(set(cache.hidden))
+    found = TOKEN_BYTES * tokens_per_position + HIDDEN_BYTES * hidden_width * len(set(cache.hidden))
     if entries:
         ids = 0.0 if cache.kind == "dense" else ID_BYTES_PER_BIT * max(math.log2(vocab_size) - MEASURED_BITS, 0.0)
         found += entries * (ENTRY_BYTES[cache.codec][cache.kind] + ids)

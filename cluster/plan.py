@@ -30,7 +30,7 @@ from storage.tokenizer import Tokenizer
 from storage.union import open_existing
 from workers.api.identity import api_identity
 from workers.embedded import ensure_tokenizer, find_teacher
-from workers.model_folder import resolve_model, teacher_identity
+from workers.model_folder import model_facts, resolve_model, teacher_identity
 from workers.units import plan_units
 from workers.work import lacking
 
@@ -111,7 +111,7 @@ def make_plan(config: RunConfig, run: RunDir, rates: Rates | None = None) -> Pla
     fingerprint = identity.fingerprint if identity is not None else ""
     units = plan_units(missing, samples.num_tokens, samples.sample_ids, fingerprint, config.cache.unit_tokens, rows)
     measured = dataset is not None and dataset.totals().supervised > 0
-    per_token = dataset.totals().bytes_per_token if dataset and measured else _assumed(config, tokenizer)
+    per_token = dataset.totals().bytes_per_token if dataset and measured else _assumed(config, tokenizer, samples)
     rate = rates.capture
     missing_tokens = int(samples.num_tokens[missing].sum())
     hours = missing_tokens / rate / 3600 * config.teacher.replicas.max if rate else None
@@ -248,10 +248,14 @@ def _missing(
     return left.rows, left.refused.total(), measured
 
 
-def _assumed(config: RunConfig, tokenizer: Tokenizer) -> float:
+def _assumed(config: RunConfig, tokenizer: Tokenizer, samples: SampleSet) -> float:
     """Bytes per supervised token before anything is captured."""
     width = _hidden_width(config) if config.cache.hidden else 0
-    return bytes_per_token(config.cache, tokenizer.vocab_size, width)
+    outcomes = tokenizer.vocab_size
+    if config.teacher.task != "next_token":
+        outcomes = model_facts(resolve_model(config.teacher.name, config.teacher.revision, weights=False)).num_classes
+    stored = float(samples.num_tokens.sum()) / max(int(samples.num_supervised.sum()), 1)
+    return bytes_per_token(config.cache, outcomes, width, stored)
 
 
 def _hidden_width(config: RunConfig) -> int:

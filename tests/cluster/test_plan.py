@@ -1,5 +1,6 @@
 """The plan's figures: what is counted, what is assumed, what is said to be unknown."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,20 @@ def test_more_entries_and_hidden_states_take_more_bytes(world: World) -> None:
     assert assumed(top_k=4) < assumed(top_k=12) < assumed(kind="hybrid", draws=6)
     world.values["teacher"] = {"embedded": {"vocab_size": 400, "hidden_size": 32}}
     assert assumed(hidden=["final"]) == pytest.approx(assumed(hidden=[]) + 64, abs=0.1)
+
+
+def test_a_classifiers_targets_are_its_classes_and_a_texts_tokens_stand_behind_one_position(world: World) -> None:
+    facts = json.loads((world.teacher / "config.json").read_text())
+    facts |= {"architectures": ["BertForSequenceClassification"], "num_labels": 5}
+    (world.teacher / "config.json").write_text(json.dumps(facts))
+    world.values["teacher"]["task"] = "sequence_classification"
+    world.values["data"] |= {"pack": False, "supervise": "last"}
+    world.values["cache"] = {"url": world.values["cache"]["url"], "kind": "dense"}
+    plan = make_plan(world.config, RunDir(world.run_dir))
+    tokens = plan.tokens / plan.samples
+    assert 5 < tokens <= 64
+    assert plan.bytes_per_token == pytest.approx(1.25 * tokens + 1.5 * 5, rel=0.05)
+    assert plan.expected_bytes == pytest.approx(plan.bytes_per_token * plan.samples, rel=0.01)
 
 
 def test_without_the_teachers_weights_the_cache_is_unknown(world: World) -> None:
