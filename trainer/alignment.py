@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.samples import BoolArray, Int16Array, Int32Array, Int64Array, Sample
+from storage.samples import BoolArray, Int16Array, Int32Array, Int64Array, Sample, SampleBatch
 from storage.token_bytes import TokenBytes, token_bytes
 from storage.tokenizer import Tokenizer
 
@@ -108,6 +108,10 @@ class Aligner:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._teacher, self._student, self._max_tokens)
+
+    def num_tokens(self, samples: SampleBatch) -> int:
+        """Return how many tokens of the student's samples are."""
+        return sum(len(self.align(samples.sample(n)).sample.tokens) for n in range(len(samples)))
 
     def align(self, sample: Sample) -> Aligned:
         """Return a sample aligned; of one that was asked for lately what was found then."""

@@ -41,6 +41,8 @@ class Position:
     """What the run depends on; see `result.run_facts`."""
     mixing: list[dict[str, Any]] = field(default_factory=list)
     """What an adaptive curriculum has decided so far; see `mixing.Decision`."""
+    own_tokens: int = 0
+    """`tokens` as the student's own tokenizer counts them."""
     gradients: dict[str, float] = field(default_factory=dict)
     """Measured gradients of the terms; see `losses.balance.GradientBalance.squares`."""
 

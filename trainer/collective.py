@@ -33,28 +33,30 @@ class StepCounts:
     """Whether a rank would ask for nodes that are about to go, see `trainer.preemption`."""
     num_supervised: int
     num_tokens: int
+    num_own_tokens: int
     sample_id: UInt8Array  # [global batch, 16], in the planned order
 
 
 def gather_counts(data: StepData | None, num_samples: int, place: Place, due: bool = False) -> StepCounts:
     """Exchange counts and sample ids between the ranks; `data` is none on a rank that could not read."""
-    mine = np.zeros(4 + 2 * num_samples, dtype=np.int64)
-    mine[3] = due
+    mine = np.zeros(5 + 2 * num_samples, dtype=np.int64)
+    mine[4] = due
     if data is None:
         mine[0] = 1
     else:
-        mine[1:3] = data.num_supervised, data.num_tokens
-        mine[4:] = np.ascontiguousarray(data.sample_id).reshape(-1).view(np.int64)
+        mine[1:4] = data.num_supervised, data.num_tokens, data.num_own_tokens
+        mine[5:] = np.ascontiguousarray(data.sample_id).reshape(-1).view(np.int64)
     tensor = torch.from_numpy(mine).to(place.torch_device)
     parts = [torch.empty_like(tensor) for _ in range(place.world_size)]
     dist.all_gather(parts, tensor)
-    table = np.stack([part.cpu().numpy() for part in parts])  # [ranks, 4 + 2 · samples]
-    ids = table[:, 4:].reshape(place.world_size, num_samples, 2).transpose(1, 0, 2)  # rank r holds r, r + R, …
+    table = np.stack([part.cpu().numpy() for part in parts])  # [ranks, 5 + 2 · samples]
+    ids = table[:, 5:].reshape(place.world_size, num_samples, 2).transpose(1, 0, 2)  # rank r holds r, r + R, …
     return StepCounts(
         failed=bool(table[:, 0].any()),
-        due=bool(table[:, 3].any()),
+        due=bool(table[:, 4].any()),
         num_supervised=int(table[:, 1].sum()),
         num_tokens=int(table[:, 2].sum()),
+        num_own_tokens=int(table[:, 3].sum()),
         sample_id=np.ascontiguousarray(ids).view(np.uint8).reshape(-1, 16),
     )
 

@@ -77,6 +77,9 @@ class TrainConfig(Settings):
     min_workers: int | None = Field(default=None, ge=1)
     """Go on with as few ranks as this when machines are lost, or not there yet, and with more when they come (elastic);
     none: always `workers`."""
+    grow_every_s: float = Field(default=60.0, gt=0.0)
+    """Seconds between two looks for machines that have come, where there is `min_workers`; taking them in costs the
+    steps since the newest checkpoint."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
     offload: Literal["optimizer", "parameters"] | None = added(None)

@@ -37,6 +37,9 @@ class StepData:
     sample_id: UInt8Array  # [samples, 16], as read
     num_supervised: int
     num_tokens: int
+    """As they were read, of the dataset's tokenizer."""
+    num_own_tokens: int
+    """As the student reads them."""
 
 
 class Feed:
@@ -84,17 +87,19 @@ def step_loader(
     aligner: Aligner | None = None,
 ) -> Callable[[int], StepData]:
     """Return the function that reads and lays out a rank's part of a step."""
-    part = rank_slice(train.global_batch_size, rank, world_size)
+    mine = rank_slice(train.global_batch_size, rank, world_size)
 
     def load(step: int) -> StepData:
-        ids = order.step(step)[part]
+        ids = order.step(step)[mine]
         # Another set of draws in each pass, as far as they go; the seed decides which one is first.
-        passes = order.step_epochs(step)[part] + train.seed
-        parts = [_one_set(piece, passes) for piece in dataset.parts(ids)]
+        passes = order.step_epochs(step)[mine] + train.seed
+        parts = [_one_set(part, passes) for part in dataset.parts(ids)]
         pieces = take_microbatches(len(ids), train.micro_batch_size)
         batches = [microbatch(parts, rows, train.loss, aligner) for rows in pieces]
         supervised = sum(batch.num_supervised for batch in batches)
-        return StepData(batches, _read_ids(parts), supervised, sum(piece.samples.num_tokens for piece in parts))
+        read = sum(part.samples.num_tokens for part in parts)
+        own = read if aligner is None else sum(aligner.num_tokens(part.samples) for part in parts)
+        return StepData(batches, _read_ids(parts), supervised, read, own)
 
     return load
 

@@ -142,6 +142,7 @@ class _Rank:
             step=step + 1,
             digest=chain_digest(bytes.fromhex(self.position.digest), counts.sample_id).hex(),
             tokens=self.position.tokens + counts.num_tokens,
+            own_tokens=self.position.own_tokens + counts.num_own_tokens,
             seconds=self.position.seconds + seconds,
             waited_s=self.position.waited_s + waited,
             gradients={} if gradients is None else dict(gradients.squares),
@@ -169,16 +170,17 @@ class _Rank:
         self, step: int, losses: dict[str, float], counts: StepCounts, seconds: float, waited: float
     ) -> dict[str, Any]:
         names, size = self.order.sources, self.train.global_batch_size
-        flops = self._flops.step(counts.num_tokens, counts.num_supervised, size)
+        flops = self._flops.step(counts.num_own_tokens, counts.num_supervised, size)
         return {
             "step": step + 1,
             **losses,
             "lr": learning_rate(self.train, step),
             "weights": self.engine.module.weights(),
             "seconds": seconds,
-            "tokens_per_s": counts.num_tokens / seconds,
+            "tokens_per_s": counts.num_own_tokens / seconds,
             "mfu": None if self._peak is None else flops / seconds / self._peak,
             "data_wait_fraction": waited / seconds,
+            "world_size": self.place.world_size,
             "peak_memory_bytes": peak_memory_bytes(self.place),
             "planned": dict(zip(names, self.order.shares[step].tolist(), strict=True)),
             "realised": dict(zip(names, (self.order.counts[step] / size).tolist(), strict=True)),

@@ -64,6 +64,8 @@ class Follower:
         self._run = run
         self._step = -1
         self._offset = 0
+        self.newest: Line | None = None
+        """The run's last line so far; after a restart of the ranks it may be of a step that was taken before."""
 
     def new_lines(self) -> Iterator[Line]:
         """Yield the lines of the run with a step not yet yielded, in order."""
@@ -75,8 +77,10 @@ class Follower:
         raw = self._store.read_range(METRICS_KEY, self._offset, size)
         whole = raw[: raw.rfind(b"\n") + 1]
         self._offset += len(whole)
-        for line in parse_lines(whole):
-            if line.get("run") == self._run and line.get("step", -1) > self._step:
+        own = [line for line in parse_lines(whole) if line.get("run") == self._run]
+        self.newest = own[-1] if own else self.newest
+        for line in own:
+            if line.get("step", -1) > self._step:
                 self._step = line["step"]
                 yield line
 

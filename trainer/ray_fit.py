@@ -18,16 +18,19 @@ def fit(spec: LoopSpec) -> dict[str, Any]:
     """Run the loop on all ranks and return what rank 0 returned."""
     from ray.exceptions import RayActorError
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
+
+    from trainer.elastic import Trainer
 
     gpu, workers, least = spec.device == "gpu", spec.train.workers, spec.train.min_workers
     path, filesystem = checkpoint_storage(spec.run_dir)
-    trainer = TorchTrainer(
+    trainer = Trainer(
         ray_train_loop,
         train_loop_config={"spec": spec},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers if least is None else (least, workers),
+            elastic_resize_monitor_interval_s=spec.train.grow_every_s,
             use_gpu=gpu,
             resources_per_worker={"CPU": 1, **({"GPU": 1} if gpu else {})},
             label_selector=dict(spec.labels) or None,

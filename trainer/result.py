@@ -22,7 +22,7 @@ MIXTURE_POINTS = 200
 OPERATIONAL = frozenset(
     {
         *("checkpoint_every", "keep_checkpoints", "max_failures", "log_every", "trackers", "peak_flops"),
-        *("workers", "min_workers", "micro_batch_size"),
+        *("workers", "min_workers", "grow_every_s", "micro_batch_size"),
     }
 )
 """Fields of `train` that may change between a run and its continuation."""
@@ -38,10 +38,11 @@ class TrainResult:
     parameters: int
     steps: int
     tokens: int
-    """Tokens consumed, padding not counted."""
+    """Tokens consumed, as the dataset's tokenizer counts them, padding not counted."""
     seconds: float
     """Time spent in steps, waiting for data included, start-up and checkpoints not."""
     tokens_per_s: float
+    """As the student's own tokenizer counts them."""
     data_wait_fraction: float
     losses: dict[str, float]
     """Of the last step: loss, ce, kl, hidden, ewc (per supervised token) and grad_norm."""

@@ -40,7 +40,8 @@ def train_student(training: Training, on_event: Event) -> TrainResult:
 
     Called again after any interruption with the same arguments it resumes from the newest whole checkpoint and
     ends with the same sample order; called after it is done it returns the recorded result. `on_event` is called in
-    this process with `{"event": "train_start" | "train_step" | "train_done", "run": name, …}`.
+    this process with `{"event": "train_start" | "train_step" | "train_done", "run": name, …}`, and of an elastic
+    training with `{"event": "workers_lost" | "workers_joined", …, "before": n, "workers": n}` when its ranks change.
 
     Raises:
         InputError: something does not fit together; nothing was trained.
@@ -57,7 +58,7 @@ def train_student(training: Training, on_event: Event) -> TrainResult:
     at = _resume_point(Store(run_dir).child(f"checkpoints/{name}"), facts)
     spec = replace(_spec(training, folder, facts), aligner=aligner)
     on_event({"event": "train_start", "run": name, "step": at, "steps": steps})
-    with _followed(run_dir, name, steps, on_event):
+    with _followed(training, on_event):
         figures = fit(spec)
     copy_tokenizer(Path(training.tokenizer_folder) if aligner is None else aligner.folder, run_dir, name)
     if training.identity.capture.classes:
@@ -224,7 +225,7 @@ def _result(figures: dict[str, Any], spec: LoopSpec, order: PlannedOrder, resume
         steps=figures["step"],
         tokens=figures["tokens"],
         seconds=seconds,
-        tokens_per_s=figures["tokens"] / seconds if seconds else 0.0,
+        tokens_per_s=figures["own_tokens"] / seconds if seconds else 0.0,
         data_wait_fraction=figures["waited_s"] / seconds if seconds else 0.0,
         losses=figures["losses"],
         order_digest=figures["digest"],
@@ -235,16 +236,23 @@ def _result(figures: dict[str, Any], spec: LoopSpec, order: PlannedOrder, resume
 
 
 @contextlib.contextmanager
-def _followed(run_dir: str, name: str, steps: int, on_event: Event) -> Iterator[None]:
-    """Call `on_event` for every new line of metrics.jsonl while the context is open."""
-    follower = Follower(run_dir, name)
+def _followed(training: Training, on_event: Event) -> Iterator[None]:
+    """Call `on_event` for every new line of metrics.jsonl, and when an elastic number of ranks changes, while open."""
+    name, steps, elastic = training.name, training.train.steps, training.train.min_workers is not None
+    follower = Follower(training.run_dir, name)
     for _ in follower.new_lines():
         pass  # what an earlier attempt wrote is no news
     stop = threading.Event()
 
     def pass_on() -> None:
+        before = (follower.newest or {}).get("world_size")
         for line in follower.new_lines():
             on_event({"event": "train_step", "steps": steps, **line})
+        newest = follower.newest or {}
+        workers = newest.get("world_size")
+        if elastic and before is not None and workers != before:
+            event = "workers_lost" if workers < before else "workers_joined"
+            on_event({"event": event, "run": name, "step": newest["step"], "before": before, "workers": workers})
 
     def follow() -> None:
         while not stop.wait(_POLL_S):

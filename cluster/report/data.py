@@ -86,7 +86,7 @@ def collect(run: RunDir, config: RunConfig, dataset: Dataset, tokenizer: Tokeniz
         "cache": _cache(dataset, results["capture"]),
         "capture": {key: results["capture"].get("last", {}).get(key) for key in _CAPTURE_KEYS},
         "data": results["prepare"],
-        "train": _train(results["student"], mixture),
+        "train": _train(results["student"], mixture) | {"workers": workers_of(curves.get("student", []))},
         "eval": {name: results["evaluate"].get(name) for name in ("teacher", "student", "baseline")},
         "seeds": over_seeds(config.models, results["evaluate"]),
         "cost": {key: cost[key] for key in ("currency", "spent", "reserved", "cap", "machines", "api")},
@@ -126,6 +126,16 @@ def mixture_of(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
             entry[kind] = {name: float(np.mean([line[kind].get(name, 0.0) for line in part])) for name in names}
         result.append(entry)
     return result
+
+
+def workers_of(curve: list[dict[str, Any]]) -> list[dict[str, int]]:
+    """Return the ranks that took the steps of a run, `{step, workers}` for the first logged step of each number."""
+    rows: list[dict[str, int]] = []
+    for line in curve:
+        workers = line.get("world_size")
+        if workers is not None and (not rows or rows[-1]["workers"] != workers):
+            rows.append({"step": line["step"], "workers": workers})
+    return rows
 
 
 def stage_seconds(run: RunDir) -> dict[str, float]:

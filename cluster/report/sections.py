@@ -252,6 +252,9 @@ def _run(data: ReportData) -> Section:
     rows = _capture_rows(capture, cost["currency"])
     if summary["train"].get("order_digest"):
         rows.append(["order of samples", str(summary["train"]["order_digest"])])
+    if workers := summary["train"].get("workers"):
+        changes = [f"{row['workers']} from step {row['step']} on" for row in workers[1:]]
+        rows.append(["workers of the student", ", ".join([str(workers[0]["workers"]), *changes])])
     if spent := summary["overhead"]:
         rows.append(["overhead", f"{spent['share']:.0%} of {duration(spent['work_s'])} of the stages' own work"])
     cap = f" of at most {cost['cap']:,.2f}" if cost["cap"] else ""

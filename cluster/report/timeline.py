@@ -114,6 +114,10 @@ _TOLD: dict[str, tuple[Callable[[Event], str], str]] = {
         lambda e: f"{_node(e)} was about to be taken away",
         "a training that ran there wrote a checkpoint",
     ),
+    "workers_lost": (
+        lambda e: f"training {e.get('run')} lost machines: {e.get('before')} → {e.get('workers')} workers",
+        "it went on from its newest checkpoint with those that were left, the same samples in the same order",
+    ),
     "replica_lost": (
         lambda e: f"teacher replica {e.get('replica')}: {e.get('error')}",
         "replaced, its unit queued again",

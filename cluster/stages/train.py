@@ -15,6 +15,8 @@ from trainer.result import TrainResult, recorded_result, run_facts
 from trainer.spec import Training
 from trainer.stages import Model, Stage, consumed
 
+_RESIZED = {"workers_lost": "machines were lost", "workers_joined": "machines have come"}
+
 
 def train(work: Workspace, model: Model) -> dict[str, Any]:
     """Train a student, or its baseline: the same student, order and steps with hard labels only.
@@ -102,11 +104,15 @@ def _fit(work: Workspace, training: Training, before: str | None, task: Shown) -
 
     def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "train_step":
-            note = f"loss {event['loss']:.3f}, {count(event['tokens_per_s'])} tokens/s"
+            workers, most = event["world_size"], training.train.workers
+            fewer = f", {workers} of {most} workers" if workers < most else ""
+            note = f"loss {event['loss']:.3f}, {count(event['tokens_per_s'])} tokens/s{fewer}"
             task.update(event["step"], event["steps"], note)
             return
         if event["event"] == "train_start":
             task.start_from(event["step"], event["steps"])
+        if why := _RESIZED.get(event["event"]):
+            task.say(f"  {event['before']} → {event['workers']} workers from step {event['step']} on: {why}")
         work.run.event(event["event"], **{key: value for key, value in event.items() if key != "event"})
 
     with ExitStack() as stack:

@@ -15,12 +15,14 @@ from storage.identity import TokenizerIdentity
 from storage.parts import Part
 from storage.tokenizer import Tokenizer
 from tests.storage.tiny_tokenizers import write_tokenizer
-from tests.trainer.tiny import QWEN2, WORDS, TinyRun, make_run, teacher_logits
+from tests.trainer.tiny import QWEN2, WORDS, TinyRun, make_run, teacher_logits, train_config
 from trainer.alignment import Aligner
 from trainer.batches import make_batch
 from trainer.config import StudentConfig
+from trainer.curriculum import planned_order
+from trainer.curriculum_config import CurriculumConfig
 from trainer.evaluation import evaluate_model, evaluate_teacher
-from trainer.feed import batch_of
+from trainer.feed import batch_of, step_loader
 from trainer.loss_config import LossConfig
 from trainer.losses import FullTeacher
 from trainer.losses.across import AcrossTerms, across_loss, alm, label_logprob, sorted_distance
@@ -185,6 +187,16 @@ def test_a_student_with_its_own_tokenizer_learns_and_any_split_gives_the_same(
         optimizer.step()
         curve.append(float(terms[1]))
     assert curve[-1] < curve[0]
+
+
+def test_a_step_counts_the_tokens_that_the_student_reads(run: TinyRun, own: Path) -> None:
+    lay, train = aligner(run, own), train_config()
+    order = planned_order(run.samples, CurriculumConfig(), train)
+    plain, across = (step_loader(run.union, order, train, 0, 1, one)(0) for one in (None, lay))
+    assert plain.num_own_tokens == plain.num_tokens == across.num_tokens
+    # Padding repeats token 0; the text repeats none.
+    read = sum(int((batch.input_ids.diff(dim=1) != 0).sum()) + len(batch.ids) for batch in across.batches)
+    assert across.num_own_tokens == pytest.approx(read, rel=0.05) and read != pytest.approx(plain.num_tokens, rel=0.1)
 
 
 def test_losses_are_told_per_byte(run: TinyRun, own: Path, tmp_path: Path) -> None:
