@@ -14,12 +14,13 @@ from tests.storage.tiny_tokenizers import write_tokenizer
 
 
 @pytest.mark.slow
-def test_a_student_with_its_own_tokenizer_is_trained_and_told_per_byte(world: World) -> None:
+@pytest.mark.parametrize("divergence", ["alm", "uld"])
+def test_a_student_with_its_own_tokenizer_is_trained_and_told_per_byte(world: World, divergence: str) -> None:
     own = write_tokenizer(world.folder / "own", [" ".join(WORDS)] * 9, merges=40)
     world.values["student"] = {"tokenizer": str(own), "config": {"model_type": "qwen2", "hidden_size": 16}}
     world.values["student"]["config"] |= {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     world.values["student"]["config"] |= {"num_key_value_heads": 2, "max_position_embeddings": 128}
-    world.values["train"] |= {"steps": 30, "workers": 1, "learning_rate": 1e-2, "loss": {"divergence": "alm"}}
+    world.values["train"] |= {"steps": 30, "workers": 1, "learning_rate": 1e-2, "loss": {"divergence": divergence}}
     world.values["evaluate"] |= {"baseline": False}
     world.values["cluster"] = {"num_cpus": 1}
     world.capture()
