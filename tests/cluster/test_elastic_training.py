@@ -56,6 +56,7 @@ ENVIRONMENT = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "PYTHONPATH": "",
+    # By default its workers give way to all else on the machine.
     "RAY_worker_niceness": "0",
 }
 
