@@ -3,8 +3,7 @@
 The quickstart's student, but with a byte-level BPE of 1,024 entries trained on the same text (the teacher's has 4,096),
 learns from one dataset of kind `topk` by ALM, by ULD, and from the text alone. Every arm is a `lectern run` of its own
 from the same weights in the same order of samples. One JSON line per arm: held-out loss of each source in nats per byte
-of text, and how far the likelihoods of chunks are from the teacher's. About three minutes an arm on two quiet cores,
-and three for teacher and dataset.
+of text, and how far the likelihoods of chunks are from the teacher's.
 
     python benchmarks/across.py
     python benchmarks/across.py --arms ce uld --kl 0.5 --ce 0.5 --work /tmp/across
