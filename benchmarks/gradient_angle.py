@@ -1,7 +1,7 @@
 """Angle between the gradient on stored targets and that of full distillation, over all parameters of a student.
 
-    python benchmarks/gradient_angle.py                  # both teachers that are trained here once
-    python benchmarks/gradient_angle.py --case embedded
+    python -m benchmarks.gradient_angle                  # both teachers that are trained here once
+    python -m benchmarks.gradient_angle --case embedded
 
 Full distillation compares the student with the teacher's whole distributions, at a mini-batch of 4,096 supervised
 tokens; each encoding of the same tokens gives another gradient, and the angle between the two is what it loses. The
@@ -198,7 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", choices=list(TEACHERS), help="repeatable; default: all")
     parser.add_argument("--moments", type=int, nargs="+", default=[0, 10, 30, 100], help="steps of learning before")
-    parser.add_argument("--factor", type=float, default=2.5, help="of the second measure of `sampled`")
+    parser.add_argument("--factor", type=float, default=3.5, help="of the second measure of `sampled`")
     parser.add_argument("--train-tokens", type=int, default=300_000, help="of the teachers trained here")
     options = parser.parse_args()
     for case in options.case or TEACHERS:
