@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from trainer.losses.base import EntryView, SparseTargets
 from trainer.losses.full import FullTeacher, full_gradient
 from trainer.losses.rows import Divergence
+from trainer.losses.softmax import exponentials
 
 CHUNK_BYTES = 16 << 20
 """Bytes of float32 logits worked on at a time, so that they stay near the caches…"""
@@ -144,9 +145,8 @@ def write_gradient(logits: Tensor, targets: SparseTargets, terms: HeadTerms, tea
     positions = torch.arange(targets.num_positions, device=logits.device)
     row = targets.rows()
     label_logit, entry_logit = logits[positions, targets.label], logits[row, targets.id]
-    largest = logits.amax(1, keepdim=True)
-    norm = logits.sub_(largest).exp_().sum(1)
-    log_norm = largest[:, 0] + norm.log()
+    largest, norm = exponentials(logits)
+    log_norm = largest + norm.log()
     view = EntryView(targets, row, entry_logit - log_norm[row])
     outside = torch.full_like(norm, terms.cross_entropy)
     at_entries = terms.cross_entropy * view.student_logprob.exp()
