@@ -20,6 +20,7 @@ from storage.codecs.lists import choose_lists
 from storage.codecs.steps import LOGPROB_ERROR, logprob_of, steps_of
 from storage.codecs.table import decode, encode, to_plain
 from storage.config import CacheConfig, Codec
+from storage.draws import mass_drawn_from
 from storage.errors import IntegrityError
 from storage.identity import DatasetIdentity
 from storage.reader import Dataset
@@ -97,6 +98,15 @@ def assert_within_bounds(targets: TargetBatch, kept: TargetBatch) -> None:
         np.testing.assert_array_equal(targets.draws[:, by_id], kept.draws[:, kept_by_id])
     tail = targets.tail_mass.astype(np.float64)
     assert (np.abs(kept.tail_mass.astype(np.float64) - tail) <= 0.011 * tail + 1e-7).all()
+
+
+def test_a_small_mass_that_draws_share_comes_back(make_identity: MakeIdentity, make_unit: MakeUnit) -> None:
+    _, targets = make_unit(make_identity("hybrid_counts"))
+    drawn = targets.draws.any(axis=0)
+    small = replace(targets, logprob=np.where(drawn, targets.logprob - np.float16(9), targets.logprob))
+    mass = mass_drawn_from(small)
+    assert 1e-7 < mass[mass > 0].min() < mass.max() < 1e-3
+    np.testing.assert_allclose(mass_drawn_from(quantised(small, "hybrid_counts")), mass, rtol=0.02)
 
 
 def test_every_float16_logprob_is_within_the_bound() -> None:

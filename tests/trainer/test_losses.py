@@ -11,7 +11,7 @@ from storage.targets import TargetBatch
 from tests.trainer.tiny import targets_from_logits
 from tests.workers.tiny import window
 from trainer.batches import sparse_targets
-from trainer.losses import ForwardKL, HeadTerms, SparseTargets, head_loss, logits_loss
+from trainer.losses import ForwardKL, HeadTerms, SparseTargets, first_choice, head_loss, logits_loss
 from trainer.losses import head as head_module
 from trainer.losses.hidden import HiddenTransfer
 
@@ -138,6 +138,18 @@ def test_draws_are_unbiased_and_cut_topk_would_not_be(kind: str, draws: int) -> 
     torch.testing.assert_close(mean.sum(-1), torch.ones(len(t), dtype=torch.float64), rtol=0, atol=1e-3)
     assert float((mean - t).abs().sum(-1).mean()) < 0.09
     assert float((estimates[0] - t).abs().sum(-1).mean()) > 0.3
+
+
+def test_the_first_choice_is_of_the_head_whatever_draws_estimate() -> None:
+    targets, teacher, _ = problem("hybrid_counts", top_k=1)
+    best = teacher.argmax(1)
+    head = targets.logprob.numpy()[~targets.drawn.numpy()]
+    most = np.full(len(best), -np.inf)
+    np.maximum.at(most, targets.rows().numpy(), np.where(targets.drawn, targets.logprob, -np.inf))
+    assert (most > head).any()  # as an estimate may be
+    found, probability = first_choice(targets)
+    np.testing.assert_array_equal(found, best)
+    np.testing.assert_allclose(probability, np.exp(head), rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "hybrid_counts"])

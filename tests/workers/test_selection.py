@@ -70,6 +70,22 @@ def test_hybrid_head_draws_and_tail() -> None:
         assert got.tail_mass[p] == pytest.approx(outside, rel=3e-3, abs=1e-6)
 
 
+@pytest.mark.parametrize("draw_sets", [1, 3])
+def test_counts_are_those_of_hybrid_with_the_estimate_in_place_of_log_probabilities(draw_sets: int) -> None:
+    logits = peaked_logits(POSITIONS, 700)
+    known = run(logits, "hybrid", 700, draw_sets=draw_sets)
+    got = run(logits, "hybrid_counts", 700, draw_sets=draw_sets)
+    np.testing.assert_array_equal(got.id, known.id)
+    np.testing.assert_array_equal(got.draws, known.draws)
+    assert not got.tail_mass.any() and got.draws is not None
+    drawn = got.draws.any(0)
+    np.testing.assert_array_equal(got.logprob[~drawn], known.logprob[~drawn])
+    row = np.repeat(np.arange(POSITIONS), got.count)
+    shared = np.bincount(row, weights=drawn * np.exp(known.logprob.astype(np.float64)), minlength=POSITIONS)
+    expected = (shared + known.tail_mass)[row] * got.draws.sum(0) / (6 * draw_sets)
+    np.testing.assert_allclose(np.exp(got.logprob[drawn].astype(np.float64)), expected[drawn], rtol=2e-2)
+
+
 def test_hybrid_estimate_is_unbiased() -> None:
     """The mean estimate over many draws lies within 4 standard errors of the truth at every entry."""
     trials, vocab_size, draws = 20_000, 300, 5
