@@ -75,7 +75,10 @@ def test_an_override_creates_a_section_that_the_file_leaves_out(path: str) -> No
         (["zzzz=1"], "unknown key zzzz; valid names in the top level: data, teacher, cache"),
         (["train.steps=many"], "train.steps = 'many': must be a whole number"),
         (["train.steps=0"], "train.steps = 0: must be greater than or equal to 1"),
-        (["cache.kind=most"], "cache.kind = 'most': must be 'topk', 'hybrid', 'sampled', 'dense' or 'text'"),
+        (
+            ["cache.kind=most"],
+            "cache.kind = 'most': must be 'topk', 'hybrid', 'hybrid_counts', 'sampled', 'dense' or 'text'",
+        ),
         (
             ["train.offload=parameters"],
             "is a part of ZeRO 3 and above, and train.zero_stage is 2; set train.zero_stage: 3",
