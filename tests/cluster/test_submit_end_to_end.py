@@ -142,7 +142,8 @@ def site(tmp_path: Path) -> Iterator[Site]:
     folder.mkdir()
     values: dict[str, Any] = {
         **CONFIG,
-        "cache": {**CONFIG["cache"], "url": str(folder / "out" / "cache")},
+        # One sample in each unit, so that the capture lasts until its node is taken, however fast the machine is.
+        "cache": {**CONFIG["cache"], "unit_tokens": 128, "url": str(folder / "out" / "cache")},
         "teacher": {**CONFIG["teacher"], "ranks": 1, "sharding": "none", "replicas": 2, "dtype": "float32"},
         "train": {**CONFIG["train"], "steps": 600, "dtype": "float32", "checkpoint_every": 1000},
         "cluster": {
