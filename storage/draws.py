@@ -15,11 +15,12 @@ def estimate(targets: TargetBatch, kind: str) -> Float32Array:
     if targets.draws is None:
         return probability
     row = _rows(targets.count)
-    times = targets.draws.sum(axis=0, dtype=np.float32)
-    share = times / np.maximum(_sums(times, row, len(targets.count)), 1.0)[row]
+    share = _shares(targets.draws, row, len(targets.count))
     if kind == "sampled":
-        return np.asarray(share, dtype=np.float32)
-    return np.where(times > 0, mass_drawn_from(targets)[row] * share, probability)
+        return share
+    drawn = targets.drawn
+    mass = targets.tail_mass.astype(np.float32) + _sums(probability * drawn, row, len(targets.count))
+    return np.where(drawn, mass[row] * share, probability)
 
 
 def draw_set(targets: TargetBatch, kind: str, sets: Int64Array) -> TargetBatch:
@@ -32,7 +33,7 @@ def draw_set(targets: TargetBatch, kind: str, sets: Int64Array) -> TargetBatch:
     row = _rows(targets.count)
     set_of_position = np.repeat(sets, np.diff(targets.offsets))
     draws = np.take_along_axis(targets.draws, set_of_position[row][None], axis=0)  # [1, E]
-    kept = (draws[0] > 0) | ~targets.draws.any(axis=0)
+    kept = (draws[0] > 0) | ~targets.drawn
     size = len(targets.count)
     count = np.bincount(row[kept], minlength=size).astype(np.int32)
     if kind == "sampled":
@@ -53,17 +54,21 @@ def drawn_logprob(draws: UInt8Array, count: Int32Array, mass: Float32Array | Non
         mass: what the draws of each position share, [P]; none: 1.
     """
     row = _rows(count)
-    times = draws.sum(axis=0, dtype=np.float32)
-    share = times / np.maximum(_sums(times, row, len(count)), 1.0)[row]
+    share = _shares(draws, row, len(count))
     with np.errstate(divide="ignore"):
         return np.asarray(np.log(share if mass is None else share * mass[row]), dtype=np.float16)
 
 
 def mass_drawn_from(targets: TargetBatch) -> Float32Array:
     """Return the teacher's mass outside the head, which the draws share, [P]."""
-    drawn = np.zeros(len(targets.id), np.bool_) if targets.draws is None else targets.draws.any(axis=0)
-    probability: Float32Array = np.exp(targets.logprob.astype(np.float32)) * drawn
+    probability: Float32Array = np.exp(targets.logprob.astype(np.float32)) * targets.drawn
     return targets.tail_mass.astype(np.float32) + _sums(probability, _rows(targets.count), len(targets.count))
+
+
+def _shares(draws: UInt8Array, row: Int64Array, size: int) -> Float32Array:
+    """Return each entry's share of its position's draws over all sets, [E]; `row` is its position, of `size`."""
+    times = draws.sum(axis=0, dtype=np.float32)
+    return np.asarray(times / np.maximum(_sums(times, row, size), 1.0)[row], dtype=np.float32)
 
 
 def _rows(count: Int32Array) -> Int64Array:

@@ -65,6 +65,11 @@ class TargetBatch:
         return 1 if self.draws is None else len(self.draws)
 
     @property
+    def drawn(self) -> BoolArray:
+        """Whether each entry was drawn, in any set, rather than kept for its rank, [E]."""
+        return np.zeros(len(self.id), np.bool_) if self.draws is None else np.asarray(self.draws.any(axis=0))
+
+    @property
     def entry_offsets(self) -> Int64Array:
         """Where each position's entries start and end, [P + 1]."""
         return offsets_of(self.count.astype(np.int64))

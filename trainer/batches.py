@@ -136,7 +136,7 @@ def sparse_targets(targets: TargetBatch, label: Int64Array, kind: str) -> Sparse
         id=torch.from_numpy(targets.id.astype(np.int64)),
         estimate=torch.from_numpy(estimate(targets, kind)),
         logprob=torch.from_numpy(targets.logprob.astype(np.float32)),
-        drawn=torch.from_numpy(np.zeros(len(targets.id), np.bool_) if targets.draws is None else targets.draws.any(0)),
+        drawn=torch.from_numpy(targets.drawn),
         tail_mass=torch.from_numpy(targets.tail_mass.astype(np.float32)),
         entropy=torch.from_numpy(entropy),
     )

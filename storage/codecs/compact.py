@@ -35,7 +35,7 @@ from storage.contract import check_contract
 from storage.draws import drawn_logprob, mass_drawn_from
 from storage.errors import IntegrityError
 from storage.identity import COUNTED_KINDS, DRAWN_KINDS, DatasetIdentity
-from storage.samples import BoolArray, Int32Array, Int64Array, SampleBatch, UInt8Array, offsets_of
+from storage.samples import Int32Array, Int64Array, SampleBatch, UInt8Array, offsets_of
 from storage.targets import Float16Array, TargetBatch
 
 LANE_POSITIONS = 64
@@ -86,7 +86,7 @@ def quantised(targets: TargetBatch, kind: str) -> TargetBatch:
     That is the head by falling probability, equal ones by rising id, then the drawn entries by rising id.
     """
     owner = np.repeat(np.arange(targets.num_positions), targets.count)
-    head = _is_head(targets)
+    head = ~targets.drawn
     steps = np.zeros(len(owner), np.int64) if kind == "sampled" else steps_of(targets.logprob)
     order = np.lexsort((targets.id, np.where(head, steps, 0), ~head, owner))
     draws = None if targets.draws is None else targets.draws[:, order]
@@ -180,13 +180,9 @@ def _positions(samples: SampleBatch) -> tuple[Layout, Int64Array, Int64Array]:
     return Layout.of(samples.num_supervised(), LANE_POSITIONS), tokens[at - 1], tokens[at]
 
 
-def _is_head(targets: TargetBatch) -> BoolArray:
-    return np.ones(len(targets.id), np.bool_) if targets.draws is None else np.asarray(~targets.draws.any(axis=0))
-
-
 def _entries(targets: TargetBatch, places: Places, ranking: Ranking, kind: str) -> Entries:
     owner = np.repeat(np.arange(targets.num_positions), targets.count)
-    is_head = _is_head(targets)
+    is_head = ~targets.drawn
     groups, picked = [], []
     for inside in (is_head, ~is_head):
         at = np.flatnonzero(inside)
